@@ -1,0 +1,25 @@
+"""Fused kernels for diffusion models: modulated group norm, attention, and noise-schedule sampling.
+
+Importing this package needs PyTorch alone: no GPU, no Triton, no compiler.
+"""
+
+from soda_kernels._backend import explain, use_backend
+from soda_kernels.attention.api import attention, attention_qkvpacked
+from soda_kernels.diffusion.api import add_noise, denoising_loss, philox_normal, philox_uniform, sampler_step
+from soda_kernels.diffusion.schedule import NoiseSchedule
+from soda_kernels.group_norm.api import ModulatedGroupNorm, modulated_group_norm
+
+__all__ = [
+    "ModulatedGroupNorm",
+    "NoiseSchedule",
+    "add_noise",
+    "attention",
+    "attention_qkvpacked",
+    "denoising_loss",
+    "explain",
+    "modulated_group_norm",
+    "philox_normal",
+    "philox_uniform",
+    "sampler_step",
+    "use_backend",
+]

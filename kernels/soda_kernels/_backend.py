@@ -1,0 +1,119 @@
+"""Choosing between the kernels a device has and the reference, and asking which would run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE
+
+Backend = Literal["auto", "reference"]
+
+# A plain module global: torch.compile guards on it, and autograd's threads see it.
+_backend: Backend = "auto"
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Choose the implementation of every op called inside the context, in the whole process.
+
+    Args:
+        backend: "auto" takes the fastest kernel registered for the tensors' device; "reference" takes plain PyTorch.
+
+    Raises:
+        ValueError: `backend` is neither.
+    """
+    global _backend
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"backend is {backend!r}; it must be 'auto' or 'reference'")
+    previous, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def current_ops() -> Any:
+    """Return the op namespace that the current backend calls."""
+    return torch.ops.soda_kernels if _backend == "auto" else torch.ops.soda_kernels_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpChoice:
+    """One op that a call would run, and what would run it."""
+
+    op: str
+    device: str
+    backend: str
+    config: dict[str, Any] = field(default_factory=dict)
+    reason: str
+
+    def __str__(self) -> str:
+        config = f" {self.config}" if self.config else ""
+        return f"{self.op} on {self.device}: {self.backend}{config} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found, in the order of the calls."""
+
+    choices: tuple[OpChoice, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(str(choice) for choice in self.choices) or "no op of soda_kernels is called"
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Tell what a call would run, its launch config, and why, without computing anything.
+
+    The call is traced over fake tensors, so its arguments are checked as in a real one.
+
+    Args:
+        function: a function or module that calls this package, with the arguments of the call.
+
+    Returns:
+        One `OpChoice` an op, printable as text.
+
+    Raises:
+        What `function` raises for wrong arguments.
+    """
+    recorder = _Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, torch.no_grad():
+        fake_args, fake_kwargs = tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
+        with recorder:
+            function(*fake_args, **fake_kwargs)
+    return Explanation(tuple(recorder.choices))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each op of this package that passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices: list[OpChoice] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in (AUTO_NAMESPACE, REFERENCE_NAMESPACE):
+            self.choices.append(_choice(func, tree_flatten(args)[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def _choice(func: Any, leaves: list[Any]) -> OpChoice:
+    """Ask the dispatcher what runs `func` on the device of its first tensor."""
+    device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+    name = func._schema.name.split("::")[1]
+    if func.namespace == REFERENCE_NAMESPACE:
+        reason = "asked for by use_backend"
+    elif func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, device.type.upper())):
+        kind = "native" if device.type == "cpu" else "triton"
+        return OpChoice(op=name, device=str(device), backend=kind, reason=f"a kernel is registered for {device.type}")
+    else:
+        reason = f"no kernel is registered for {device.type}"
+    return OpChoice(op=name, device=str(device), backend="reference", reason=reason)

@@ -1,0 +1,102 @@
+"""Argument validators that every family shares.
+
+Each raises one line that names the argument, what came, and what is accepted. None reads a tensor's values, so none
+waits for a device or breaks a traced graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float_tensor(name: str, value: object, *, min_ndim: int = 0) -> None:
+    """Require a floating-point tensor of at least `min_ndim` dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+    if value.dtype not in FLOAT_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} has dtype {value.dtype}; accepted are {accepted}")
+    if value.ndim < min_ndim:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have at least {min_ndim} dimensions")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    """Require exactly `shape`."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+
+
+def check_like(name: str, value: object, like_name: str, like: Tensor) -> None:
+    """Require a tensor of the shape, dtype and device of another argument."""
+    check_float_tensor(name, value)
+    assert isinstance(value, Tensor)
+    check_shape(name, value, tuple(like.shape))
+    if value.dtype != like.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype} and {like_name} {like.dtype}; they must be the same")
+    check_device(name, value, like_name, like)
+
+
+def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Require the device of another argument."""
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device} and {like_name} on {like.device}; they must be on one device")
+
+
+def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
+    """Require one of the values listed."""
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; it must be one of {list(accepted)}")
+
+
+def check_probability(name: str, value: float) -> None:
+    """Require a number in [0, 1)."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} is {value}; it must be in [0, 1)")
+
+
+def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+    """Turn an int or a 0-d integer tensor into a 0-d int64 tensor on `device`; ints beyond int64 wrap to 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int | Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be an int or a 0-d integer tensor")
+    if isinstance(value, int):
+        return torch.tensor((value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    if value.ndim != 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
+    return int64_tensor(name, value, device)
+
+
+def int64_vector(name: str, value: Tensor | Sequence[int], length: int, device: torch.device) -> Tensor:
+    """Turn integers into an int64 tensor of shape (length,) on `device`."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(list(value), dtype=torch.int64, device=device)
+    check_shape(name, value, (length,))
+    return int64_tensor(name, value, device)
+
+
+def int64_scalar_or_vector(name: str, value: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Turn an int, a 0-d or a (length,) integer tensor into an int64 tensor on `device`."""
+    if isinstance(value, Tensor) and value.ndim == 1:
+        return int64_vector(name, value, length, device)
+    return int64_scalar(name, value, device)
+
+
+def int64_tensor(name: str, value: Tensor, device: torch.device) -> Tensor:
+    """Require an integer tensor on `device` and widen it to int64."""
+    if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be an integer tensor")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}; it must be on {device}")
+    return value.to(torch.int64)
+
+
+def image_memory_format(x: Tensor) -> torch.memory_format:
+    """Return the layout that outputs for `x` get: channels_last where `x` is dense in it alone, else contiguous."""
+    for ndim, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.ndim == ndim and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
+            return layout
+    return torch.contiguous_format

@@ -1,0 +1,49 @@
+"""The one place where ops are registered with PyTorch's dispatcher, which is the backend registry.
+
+Every op is defined twice: as `soda_kernels::name`, which takes whatever kernel a device has, and as
+`soda_kernels_reference::name`, which has the plain PyTorch implementation alone. A kernel for a device is an `impl` of
+the first under that device's dispatch key; nothing else decides.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+AUTO_NAMESPACE = "soda_kernels"
+REFERENCE_NAMESPACE = "soda_kernels_reference"
+
+_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in (AUTO_NAMESPACE, REFERENCE_NAMESPACE)}
+
+
+def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register an op with its reference implementation and its shape function.
+
+    Args:
+        name: the op's name in both namespaces.
+        schema: the signature in torch.library's language, without the name: `(Tensor x) -> Tensor`.
+        reference: plain PyTorch, forward or closed-form backward; it must not call autograd and must not return an
+            input. It runs with autocast off, since the op's arguments already have the dtypes it is meant to see.
+        fake: takes the same arguments and returns empty tensors with the outputs' true shapes, dtypes and strides.
+    """
+    for namespace, library in _LIBRARIES.items():
+        library.define(name + schema)
+        library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+
+def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `reference` with autocast off, on the device of its first tensor argument."""
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        device_type = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return reference(*args)
+        with torch.autocast(device_type, enabled=False):
+            return reference(*args)
+
+    return run

@@ -1,0 +1,1 @@
+"""Non-causal attention for the short sequences of a U-Net."""

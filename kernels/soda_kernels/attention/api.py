@@ -1,0 +1,100 @@
+"""The public functions of attention, and their gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from soda_kernels import _checks
+from soda_kernels._backend import current_ops
+from soda_kernels.attention import ops as _ops  # noqa: F401  registers the ops
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attend from every query to every key: softmax(scale * q k^T) v, with no mask, dropout or causal mode.
+
+    Args:
+        q: [B, T, H, D] in fp32, bf16, fp16 or fp64, any strides.
+        k, v: [B, S, H, D], of q's dtype and device; S may differ from T and must not be 0.
+        scale: 1 / sqrt(D) if None.
+
+    Returns:
+        [B, T, H, D], contiguous: ready for the output projection as (B, T, H * D).
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is not as above.
+        RuntimeError: a second derivative is asked for.
+
+    Reference:
+        Vaswani et al. 2017, equation 1.
+    """
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _checks.check_float_tensor(name, tensor)
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be (B, T, H, D)")
+    if k.shape[1] == 0:
+        raise ValueError(f"k has shape {tuple(k.shape)}; it must have at least one key")
+    _checks.check_shape("k", k, (q.shape[0], k.shape[1], q.shape[2], q.shape[3]))
+    _checks.check_shape("v", v, tuple(k.shape))
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype} and q {q.dtype}; they must be the same")
+        _checks.check_device(name, tensor, "q", q)
+    return _Attention.apply(q, k, v, _scale(q, scale))
+
+
+def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+    """Self-attention on a packed projection; its gradient is one packed tensor.
+
+    Args:
+        qkv: [B, T, 3, H, D] in fp32, bf16, fp16 or fp64, any strides.
+        scale: 1 / sqrt(D) if None.
+
+    Returns:
+        [B, T, H, D], contiguous.
+
+    Raises:
+        As `attention`.
+    """
+    _checks.check_float_tensor("qkv", qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, T, 3, H, D)")
+    if qkv.shape[1] == 0:
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must have at least one position")
+    return _AttentionQkvPacked.apply(qkv, _scale(qkv, scale))
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.ops, ctx.scale = current_ops(), scale
+        o, lse = ctx.ops.attention(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        return *ctx.ops.attention_backward(do, *ctx.saved_tensors, ctx.scale), None
+
+
+class _AttentionQkvPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
+        ctx.ops, ctx.scale = current_ops(), scale
+        o, lse = ctx.ops.attention(*qkv.unbind(2), scale)
+        ctx.save_for_backward(qkv, o, lse)
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        return ctx.ops.attention_qkvpacked_backward(do, *ctx.saved_tensors, ctx.scale), None

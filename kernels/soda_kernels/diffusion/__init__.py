@@ -1,0 +1,1 @@
+"""Noise schedules, counter-based noise, noising, the denoising loss, and sampler steps."""

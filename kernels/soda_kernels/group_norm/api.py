@@ -1,0 +1,185 @@
+"""The public function and module of modulated group norm, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from soda_kernels import _checks
+from soda_kernels._backend import current_ops
+from soda_kernels.group_norm import ops as _ops  # noqa: F401  registers the ops
+
+_MAX_MODULATIONS = 2
+
+
+def modulated_group_norm(
+    x: Tensor | tuple[Tensor, Tensor],
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    modulations: Sequence[tuple[Tensor, Tensor]] = (),
+    *,
+    scale_offset: float = 1.0,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalize over groups of channels, apply modulations in order, then SiLU, then dropout.
+
+        h = weight * (x - mean) / sqrt(var + eps) + bias
+        h = h * (scale + scale_offset) + shift          for each modulation
+        y = dropout(silu(h))
+
+    Args:
+        x: [N, C, *spatial] in fp32, bf16, fp16 or fp64, contiguous or channels_last; or a pair (h, skip) of such, which
+            is normalized as their concatenation along C.
+        num_groups: divides C.
+        weight, bias: [C] each, of any float dtype.
+        modulations: up to two (scale, shift) pairs, [N, C] each, of any float dtype.
+        scale_offset: added to every scale in fp32, so that a zero scale is the identity.
+        eps: added to the variance.
+        activation: "silu" or None.
+        residual: like x; y is then computed from x + residual.
+        dropout_p: in [0, 1), rounded to 1/65536. The mask is regenerated in the backward, never stored.
+        seed: needed with dropout: an int or 0-d tensor, with which sample n's mask depends on (seed, n, element), or an
+            [N] tensor, with which it depends on (seed[n], element), wherever the sample lies in the batch.
+
+    Returns:
+        y, with x's dtype and layout; or (y, x + residual).
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is not as above.
+        RuntimeError: a second derivative is asked for.
+
+    Reference:
+        Wu and He 2018 (group norm); Dhariwal and Nichol 2021 (AdaGN); Hudson et al. 2023 (two modulations).
+    """
+    x, skip = x if isinstance(x, tuple | list) and len(x) == 2 else (x, None)
+    _check(x, skip, num_groups, weight, bias, modulations, activation, residual)
+    _checks.check_probability("dropout_p", dropout_p)
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError("seed is None; dropout_p > 0 needs a seed (an int, a 0-d tensor or one for each sample)")
+    key = None if dropout_p == 0.0 else _checks.int64_scalar_or_vector("seed", seed, x.shape[0], x.device)  # type: ignore[arg-type]
+    flat = [tensor for pair in modulations for tensor in pair]
+    y, summed = _ModulatedGroupNorm.apply(
+        x, skip, residual, weight, bias, num_groups, scale_offset, eps, activation == "silu", dropout_p, key, *flat
+    )
+    return y if residual is None else (y, summed)
+
+
+class _ModulatedGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, skip: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+        num_groups: int, scale_offset: float, eps: float, silu: bool, dropout_p: float, seed: Tensor | None,
+        *modulations: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ops = current_ops()
+        y, summed, mean, rstd = ops.modulated_group_norm(
+            x, skip, residual, weight, bias, modulations, num_groups, scale_offset, eps, silu, dropout_p, seed
+        )
+        normalized = x if residual is None else summed
+        ctx.save_for_backward(normalized, skip, weight, bias, mean, rstd, seed, *modulations)
+        ctx.ops, ctx.has_residual = ops, residual is not None
+        ctx.scale_offset, ctx.silu, ctx.dropout_p = scale_offset, silu, dropout_p
+        if residual is None:
+            ctx.mark_non_differentiable(summed)
+        return y, summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dsummed: Tensor | None) -> tuple[Any, ...]:
+        x, skip, weight, bias, mean, rstd, seed, *modulations = ctx.saved_tensors
+        dx, dskip, dweight, dbias, dmodulations = ctx.ops.modulated_group_norm_backward(
+            dy, dsummed if ctx.has_residual else None, x, skip, weight, bias, modulations, mean, rstd,
+            ctx.scale_offset, ctx.silu, ctx.dropout_p, seed,
+        )  # fmt: skip
+        return (
+            dx, None if skip is None else dskip, dx if ctx.has_residual else None, None if weight is None else dweight,
+            None if bias is None else dbias, None, None, None, None, None, None, *dmodulations,
+        )  # fmt: skip
+
+
+class ModulatedGroupNorm(nn.GroupNorm):
+    """An `nn.GroupNorm`, with the same state dict, followed by modulations, SiLU and dropout in one op.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: as in `nn.GroupNorm`.
+        activation, scale_offset, dropout_p: as in `modulated_group_norm`; dropout is active in training mode only.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        activation: str | None = "silu",
+        scale_offset: float = 1.0,
+        dropout_p: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _checks.check_choice("activation", activation, ("silu", None))
+        _checks.check_probability("dropout_p", dropout_p)
+        super().__init__(num_groups, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.activation, self.scale_offset, self.dropout_p = activation, scale_offset, dropout_p
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor | tuple[Tensor, Tensor],
+        *modulations: tuple[Tensor, Tensor],
+        residual: Tensor | None = None,
+        seed: int | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply `modulated_group_norm` with this module's parameters."""
+        return modulated_group_norm(
+            x, self.num_groups, self.weight, self.bias, modulations, scale_offset=self.scale_offset, eps=self.eps,
+            activation=self.activation, residual=residual, dropout_p=self.dropout_p if self.training else 0.0, seed=seed,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation!r}, dropout_p={self.dropout_p}"
+
+
+def _check(
+    x: Any, skip: Any, num_groups: int, weight: Tensor | None, bias: Tensor | None,
+    modulations: Sequence[tuple[Tensor, Tensor]], activation: str | None, residual: Tensor | None,
+) -> None:  # fmt: skip
+    _checks.check_float_tensor("x", x, min_ndim=2)
+    channels = x.shape[1]
+    if skip is not None:
+        if residual is not None:
+            raise ValueError("residual came with a pair (h, skip); give one or the other")
+        _checks.check_float_tensor("skip", skip)
+        _checks.check_shape("skip", skip, (x.shape[0], skip.shape[1] if skip.ndim > 1 else 0, *x.shape[2:]))
+        if skip.dtype != x.dtype:
+            raise TypeError(f"skip has dtype {skip.dtype} and h {x.dtype}; they must be the same")
+        _checks.check_device("skip", skip, "h", x)
+        channels += skip.shape[1]
+    if num_groups <= 0 or channels % num_groups:
+        raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")
+    if residual is not None:
+        _checks.check_like("residual", residual, "x", x)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            _checks.check_float_tensor(name, parameter)
+            _checks.check_shape(name, parameter, (channels,))
+            _checks.check_device(name, parameter, "x", x)
+    if len(modulations) > _MAX_MODULATIONS:
+        raise ValueError(f"modulations has {len(modulations)} pairs; at most {_MAX_MODULATIONS} are accepted")
+    for index, pair in enumerate(modulations):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"modulations[{index}] is a {type(pair).__name__}; it must be a pair (scale, shift)")
+        for name, tensor in zip(("scale", "shift"), pair, strict=True):
+            _checks.check_float_tensor(f"modulations[{index}] {name}", tensor)
+            _checks.check_shape(f"modulations[{index}] {name}", tensor, (x.shape[0], channels))
+            _checks.check_device(f"modulations[{index}] {name}", tensor, "x", x)
+    _checks.check_choice("activation", activation, ("silu", None))
