@@ -6,7 +6,8 @@ waits for a device or breaks a traced graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -53,8 +54,15 @@ def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {list(accepted)}")
 
 
+def check_number(name: str, value: object) -> None:
+    """Require an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+
+
 def check_probability(name: str, value: float) -> None:
     """Require a number in [0, 1)."""
+    check_number(name, value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 
@@ -73,7 +81,13 @@ def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor
 def int64_vector(name: str, value: Tensor | Sequence[int], length: int, device: torch.device) -> Tensor:
     """Turn integers into an int64 tensor of shape (length,) on `device`."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(list(value), dtype=torch.int64, device=device)
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be an (N,) integer tensor or list of ints")
+        value = list(value)
+        for entry in value:
+            if isinstance(entry, bool) or not isinstance(entry, Integral):
+                raise TypeError(f"{name} holds a {type(entry).__name__}; its entries must be ints")
+        value = torch.tensor(value, dtype=torch.int64, device=device)
     check_shape(name, value, (length,))
     return int64_tensor(name, value, device)
 

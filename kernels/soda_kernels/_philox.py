@@ -93,8 +93,8 @@ def normal(num: int, seed: Tensor, sample_ids: Tensor, step: Tensor, stream: int
 
 
 def keep_threshold(dropout_p: float) -> int:
-    """Return how many of the 65536 values of a 16-bit random number drop an element."""
-    return round(dropout_p * 65536)
+    """Return how many of the 65536 values of a 16-bit random number drop an element: never all of them."""
+    return min(round(dropout_p * 65536), 65535)
 
 
 def keep_mask(num: int, seed: Tensor, sample_ids: Tensor, dropout_p: float) -> Tensor:

@@ -69,7 +69,10 @@ def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
-    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    if scale is None:
+        return 1.0 / math.sqrt(max(1, q.shape[-1]))
+    _checks.check_number("scale", scale)
+    return float(scale)
 
 
 class _Attention(torch.autograd.Function):

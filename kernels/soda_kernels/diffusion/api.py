@@ -127,13 +127,13 @@ def denoising_loss(
         x0: the clean images, of the same shape; no gradient flows to them.
         step_index, schedule, seed, sample_ids, step: as in `add_noise`.
         target: what the prediction is: "eps", "v" or "x0".
-        weights: [num_steps] table, or None for 1.
+        weights: [num_steps] table, or None for 1; no gradient flows to it.
 
     Returns:
         [N] losses in fp32 (fp64 for fp64), the mean over all but the first dimension.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or x0 requires a gradient.
+        TypeError, ValueError: an argument is not as above, or x0 or weights require a gradient.
 
     Reference:
         Ho et al. 2020, equation 14; Salimans and Ho 2022 (v).
@@ -142,11 +142,14 @@ def denoising_loss(
     _checks.check_float_tensor("x0", x0)
     _checks.check_shape("x0", x0, tuple(prediction.shape))
     _checks.check_device("x0", x0, "prediction", prediction)
+    _check_schedule(schedule, prediction)
     _checks.check_choice("target", target, TARGETS)
     if x0.requires_grad:
         raise ValueError("x0 requires a gradient, which denoising_loss does not give; pass x0.detach()")
     if weights is not None:
         _checks.check_float_tensor("weights", weights)
+        if weights.requires_grad:
+            raise ValueError("weights requires a gradient, which denoising_loss does not give; pass weights.detach()")
         _checks.check_shape("weights", weights, (schedule.num_steps,))
         _checks.check_device("weights", weights, "prediction", prediction)
     key = _noise_key(prediction, step_index, schedule, seed, sample_ids, step)
@@ -186,7 +189,7 @@ def sampler_step(
         method: "ddpm" draws with the posterior variance; "ddim" with eta, 0 being deterministic; "dpmpp_2m" is
             deterministic and second-order given previous_x0, first-order without it and on the step to the clean end.
         target: what the outputs are: "eps", "v" or "x0".
-        cfg_scale: 1 is off.
+        cfg_scale: 1 is off, and all that uncond None allows.
         clip_x0: clamp x0 to [-clip_x0, clip_x0].
         previous_x0, previous_index: the x0 and step index of the step before, for "dpmpp_2m".
         seed, sample_ids: key of the noise of "ddpm" and of "ddim" with eta > 0: stream "sampler", step step_index.
@@ -205,10 +208,15 @@ def sampler_step(
     for name, tensor in (("cond", cond), ("uncond", uncond), ("previous_x0", previous_x0)):
         if tensor is not None or name == "cond":
             _checks.check_like(name, tensor, "x_t", x_t)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, cond, uncond)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_t, cond, uncond, previous_x0)):
         raise RuntimeError("sampler_step is not differentiable; call it under torch.no_grad()")
     _checks.check_choice("method", method, METHODS)
     _checks.check_choice("target", target, TARGETS)
+    for name, number in (("cfg_scale", cfg_scale), ("eta", eta), ("clip_x0", clip_x0)):
+        if number is not None or name != "clip_x0":
+            _checks.check_number(name, number)
+    if uncond is None and cfg_scale != 1.0:
+        raise ValueError(f"uncond is None with cfg_scale {cfg_scale}; guidance needs it, and without it cfg_scale is 1")
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta is {eta}; it must be in [0, 1]")
     if eta and method != "ddim":
@@ -240,9 +248,11 @@ def _philox_draw(
 ) -> Tensor:  # fmt: skip
     _checks.check_choice("stream", stream, list(STREAMS))
     _checks.check_choice("dtype", dtype, _checks.FLOAT_DTYPES)
+    if not isinstance(shape, tuple | list):
+        raise TypeError(f"shape is a {type(shape).__name__}; it must be a sequence of ints")
     shape = tuple(shape)
-    if not shape:
-        raise ValueError("shape is (); its first entry must be the number of samples")
+    if not shape or min(shape) < 0:
+        raise ValueError(f"shape is {shape}; it must be the number of samples, then one sample's shape")
     if device is None:
         device = next((t.device for t in (sample_ids, seed, step) if isinstance(t, Tensor)), torch.device("cpu"))
     device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
@@ -285,10 +295,12 @@ def _check_indices(step_index: Any, next_index: Any, previous_index: Any, num_st
     for name, index, lowest in (
         ("step_index", step_index, 0), ("next_index", next_index, -1), ("previous_index", previous_index, 0)
     ):  # fmt: skip
-        if isinstance(index, int) and not lowest <= index < num_steps:
+        if isinstance(index, int) and not isinstance(index, bool) and not lowest <= index < num_steps:
             raise ValueError(f"{name} is {index}; it must be in [{lowest}, {num_steps - 1}]")
     if isinstance(step_index, int) and isinstance(next_index, int) and next_index >= step_index:
         raise ValueError(f"next_index is {next_index} and step_index {step_index}; a step goes to a smaller index")
+    if isinstance(step_index, int) and isinstance(previous_index, int) and previous_index <= step_index:
+        raise ValueError(f"previous_index is {previous_index} and step_index {step_index}; it must be the larger")
 
 
 class _AddNoise(torch.autograd.Function):

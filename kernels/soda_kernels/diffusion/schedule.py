@@ -6,10 +6,12 @@ A schedule is variance-preserving: x_t = alpha * x0 + sigma * noise with alpha^2
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from soda_kernels._checks import check_choice, check_float_tensor
 
 _CLAMP = 1e-5
 
@@ -28,7 +30,7 @@ class NoiseSchedule:
     alpha: Tensor
     sigma: Tensor
     logsnr: Tensor
-    name: str = "custom"
+    name: str = field(default="custom", kw_only=True)
 
     @classmethod
     def from_alpha_bar(
@@ -37,8 +39,12 @@ class NoiseSchedule:
         """Build the tables in fp64 from an alpha_bar table of shape [num_steps], and store them as `dtype`.
 
         Raises:
-            ValueError: the table is not one-dimensional or a value is not strictly between 0 and 1.
+            TypeError: alpha_bar is not a float tensor.
+            ValueError: it is not one-dimensional, a value is not strictly between 0 and 1, or dtype is neither fp32 nor
+                fp64.
         """
+        check_float_tensor("alpha_bar", alpha_bar)
+        check_choice("dtype", dtype, (torch.float32, torch.float64))
         if alpha_bar.ndim != 1 or not len(alpha_bar):
             raise ValueError(f"alpha_bar has shape {tuple(alpha_bar.shape)}; it must be (num_steps,)")
         exact = alpha_bar.to(torch.float64)
@@ -81,7 +87,7 @@ class NoiseSchedule:
         if not 0 < beta_start <= beta_end < 1:
             raise ValueError(f"beta_start, beta_end are {beta_start}, {beta_end}; 0 < beta_start <= beta_end < 1 holds")
         _times(num_steps)
-        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64)
+        betas = torch.linspace(beta_start, beta_end, num_steps, dtype=torch.float64, device="cpu")
         return cls.from_alpha_bar((1 - betas).cumprod(0), name="linear", dtype=dtype)
 
     @property
@@ -104,4 +110,4 @@ def _times(num_steps: int) -> Tensor:
     """(i + 1) / num_steps in fp64."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps is {num_steps!r}; it must be a positive int")
-    return torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    return torch.arange(1, num_steps + 1, dtype=torch.float64, device="cpu") / num_steps

@@ -46,7 +46,8 @@ def modulated_group_norm(
         eps: added to the variance.
         activation: "silu" or None.
         residual: like x; y is then computed from x + residual.
-        dropout_p: in [0, 1), rounded to 1/65536. The mask is regenerated in the backward, never stored.
+        dropout_p: in [0, 1), rounded to a multiple of 1/65536 below 1. The mask is regenerated in the backward, never
+            stored.
         seed: needed with dropout: an int or 0-d tensor, with which sample n's mask depends on (seed, n, element), or an
             [N] tensor, with which it depends on (seed[n], element), wherever the sample lies in the batch.
 
@@ -62,6 +63,10 @@ def modulated_group_norm(
     """
     x, skip = x if isinstance(x, tuple | list) and len(x) == 2 else (x, None)
     _check(x, skip, num_groups, weight, bias, modulations, activation, residual)
+    _checks.check_number("scale_offset", scale_offset)
+    _checks.check_number("eps", eps)
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}; it must not be negative")
     _checks.check_probability("dropout_p", dropout_p)
     if dropout_p > 0.0 and seed is None:
         raise ValueError("seed is None; dropout_p > 0 needs a seed (an int, a 0-d tensor or one for each sample)")
@@ -140,9 +145,10 @@ class ModulatedGroupNorm(nn.GroupNorm):
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply `modulated_group_norm` with this module's parameters."""
+        dropout_p = self.dropout_p if self.training else 0.0
         return modulated_group_norm(
             x, self.num_groups, self.weight, self.bias, modulations, scale_offset=self.scale_offset, eps=self.eps,
-            activation=self.activation, residual=residual, dropout_p=self.dropout_p if self.training else 0.0, seed=seed,
+            activation=self.activation, residual=residual, dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -164,6 +170,8 @@ def _check(
             raise TypeError(f"skip has dtype {skip.dtype} and h {x.dtype}; they must be the same")
         _checks.check_device("skip", skip, "h", x)
         channels += skip.shape[1]
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+        raise TypeError(f"num_groups is a {type(num_groups).__name__}; it must be an int")
     if num_groups <= 0 or channels % num_groups:
         raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")
     if residual is not None:
@@ -173,6 +181,8 @@ def _check(
             _checks.check_float_tensor(name, parameter)
             _checks.check_shape(name, parameter, (channels,))
             _checks.check_device(name, parameter, "x", x)
+    if not isinstance(modulations, tuple | list):
+        raise TypeError(f"modulations is a {type(modulations).__name__}; it must be a sequence of (scale, shift) pairs")
     if len(modulations) > _MAX_MODULATIONS:
         raise ValueError(f"modulations has {len(modulations)} pairs; at most {_MAX_MODULATIONS} are accepted")
     for index, pair in enumerate(modulations):

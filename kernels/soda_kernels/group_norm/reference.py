@@ -41,15 +41,18 @@ def forward(
     summed = x + residual if residual is not None else x.new_empty(0)
     x = summed if residual is not None else x if skip is None else torch.cat((x, skip), dim=1)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    batch, channels, space = x.shape[0], x.shape[1], x.shape[2:].numel()
-    x_hat, mean, rstd = torch.native_group_norm(wide, None, None, batch, channels, space, num_groups, eps)
+    # Centred in two passes: torch.native_group_norm forms E[x^2] - E[x]^2 of channels_last inputs on a CPU.
+    space, elements = tuple(range(2, x.ndim)), max(1, x[:1].numel() // num_groups)
+    mean = _group_sum(_sum(wide, space), num_groups) / elements
+    centered = wide - _per_channel(_spread(mean, x), x)
+    rstd = (_group_sum(_sum(centered.square(), space), num_groups) / elements + eps).rsqrt()
     scale, shift = _affine(x, weight, bias, modulations, scale_offset)[-1]
-    y = torch.addcmul(_per_channel(shift, x), x_hat, _per_channel(scale, x))
+    y = torch.addcmul(_per_channel(shift, x), centered, _per_channel(scale * _spread(rstd, x), x))
     if silu:
         y = torch.nn.functional.silu(y, inplace=True)
-    y = y.to(x.dtype)
     if dropout_p > 0.0:
-        y = y * _dropout_factor(x, dropout_p, seed)
+        y = y.mul_(_dropout_factor(x, dropout_p, seed))
+    y = y.to(x.dtype)
     if residual is not None:
         summed = summed.contiguous(memory_format=layout)
     return y.contiguous(memory_format=layout), summed, mean, rstd
@@ -92,9 +95,8 @@ def backward(
     dshift, dscale = _sum(dp, space), _sum(dp * centered, space) * rstd_c  # [N, C]
 
     num_groups = rstd.shape[1]
-    elements = full[:1].numel() // num_groups if full.numel() else 1
-    c1 = (scale * dshift).unflatten(1, (num_groups, -1)).sum(2) / elements
-    c2 = (scale * dscale).unflatten(1, (num_groups, -1)).sum(2) / elements
+    elements = max(1, full[:1].numel() // num_groups)
+    c1, c2 = (_group_sum(scale * sums, num_groups) / elements for sums in (dshift, dscale))
     dx = torch.addcmul(_per_channel(_spread(-c1 * rstd, full), full), dp, _per_channel(scale * rstd_c, full))
     dx = dx.addcmul_(centered, _per_channel(_spread(-c2 * rstd.square(), full), full)).to(x.dtype)
     if dsummed is not None:
@@ -136,12 +138,17 @@ def _dropout_factor(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     num = x[:1].numel()
     index = torch.arange(len(x), device=x.device)
     kept = keep_mask(num, seed, torch.zeros_like(index) if seed.ndim else index, dropout_p).view(x.shape)
-    return kept.to(x.dtype) * (65536 / (65536 - keep_threshold(dropout_p)))
+    return kept.to(torch.promote_types(x.dtype, torch.float32)) * (65536 / (65536 - keep_threshold(dropout_p)))
 
 
 def _sum(values: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Sum over `dims`; over none, where torch.sum would take all of them."""
     return values.sum(dims) if dims else values.clone()
+
+
+def _group_sum(per_channel: Tensor, num_groups: int) -> Tensor:
+    """Sum (N, C) over the channels of each group: (N, G)."""
+    return per_channel.unflatten(1, (num_groups, per_channel.shape[1] // num_groups)).sum(2)
 
 
 def _spread(per_group: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+# Everything starts from a fresh clone: `make demo` or `make test` makes .venv first; a second call finds it ready.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types check clean
+
+help:  ## list the targets
+	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo "  PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 the PyTorch, PYTEST_ARGS='-k norm' the tests"
+
+demo: $(READY)  ## train, probe and draw on a small data set; results in runs/demo
+	$(BIN)/soda-engine demo --out runs/demo
+
+test: $(READY)  ## run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## check the style
+	$(BIN)/ruff check .
+
+types: $(READY)  ## check the types
+	$(BIN)/mypy
+
+check: lint types test  ## all three
+
+clean:  ## remove the environment, builds and caches; keeps runs/
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find kernels engine benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# READY holds the TORCH it was made with and is written last: another TORCH, a changed dependency or an interrupted
+# install runs pip again. One pip call for everything, so that no dependency can bring another PyTorch.
+ifneq ($(shell cat $(READY) 2>/dev/null),$(TORCH))
+.PHONY: $(READY)
+endif
+$(READY): setup.py pyproject.toml
+	@rm -f $@
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "soda-engine needs Python 3.11 or newer, which '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes the first time, most of them for PyTorch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[engine,test]'
+	@echo '$(TORCH)' > $@

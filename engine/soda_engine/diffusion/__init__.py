@@ -1,0 +1,1 @@
+"""What the model is trained on and how it is sampled."""

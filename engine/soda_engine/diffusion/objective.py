@@ -1,0 +1,93 @@
+"""The training objective: a denoising loss whose every random draw is a function of (seed, sample id, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from soda_kernels import NoiseSchedule, add_noise, denoising_loss, philox_uniform
+from torch import Tensor
+
+from soda_engine.models.modulation import draw_section_mask
+
+if TYPE_CHECKING:
+    from soda_engine.models.soda import Soda
+
+SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
+    "inverted_cosine": NoiseSchedule.inverted_cosine,
+    "cosine": NoiseSchedule.cosine,
+    "linear": NoiseSchedule.linear,
+}
+
+_MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, section 4.1
+
+# Odd multipliers that spread (seed, sample id, step) over the 64 bits of a dropout key: SplitMix64's published
+# constants (Steele, Lea and Flood 2014; Stafford's mix 13), as signed integers.
+_KEY_FACTORS = tuple(f - 2**64 for f in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def denoising_losses(
+    model: Soda,
+    source: Tensor,
+    target_view: Tensor,
+    *,
+    seed: int | Tensor,
+    sample_ids: Tensor,
+    step: int | Tensor,
+) -> Tensor:
+    """Encode the source view, mask sections of z, and score the denoiser on the noised target view.
+
+    The step index, the noise, the mask and the dropout of a sample depend on (seed, sample id, step) alone: neither on
+    the batch it is in nor on the process that holds it.
+
+    Args:
+        source: [N, C, S, S] floats. target_view: [N, C', S', S'] floats in [-1, 1].
+        seed: an int or 0-d int64 tensor. sample_ids: [N] int64. step: the training step, an int or 0-d int64 tensor.
+
+    Returns:
+        [N] losses in fp32.
+
+    Reference:
+        Hudson et al. 2023; the loss is equation 14 of Ho et al. 2020.
+    """
+    latent, diffusion = model.config.latent, model.config.diffusion
+    key = {"seed": seed, "sample_ids": sample_ids, "step": step}
+    z = model.encoder(source)
+    step_index = draw_step_index(model.schedule, **key)
+    x_t = add_noise(target_view, step_index, model.schedule, **key)
+    mask = draw_section_mask(model.num_sections, latent.drop_all, latent.drop_section, **key)
+    prediction = model.denoise(x_t, step_index, z, section_mask=mask, dropout_seed=dropout_keys(**key))
+    return denoising_loss(
+        prediction, target_view, step_index, model.schedule, target=diffusion.target, weights=model.loss_weights, **key
+    )
+
+
+def draw_step_index(
+    schedule: NoiseSchedule, *, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor
+) -> Tensor:
+    """Draw [N] step indices, uniform over the schedule."""
+    uniforms = philox_uniform((len(sample_ids),), seed=seed, sample_ids=sample_ids, step=step, stream="timestep")
+    return (uniforms * schedule.num_steps).long().clamp_(max=schedule.num_steps - 1)
+
+
+def dropout_keys(*, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor) -> Tensor:
+    """Mix (seed, sample id, step) into [N] int64 keys, one a sample; the products wrap modulo 2^64."""
+    parts = (torch.as_tensor(value, device=sample_ids.device) for value in (seed, sample_ids, step))
+    return sum((part * factor for part, factor in zip(parts, _KEY_FACTORS, strict=True)), torch.zeros_like(sample_ids))
+
+
+def loss_weights(schedule: NoiseSchedule, name: str, target: str) -> Tensor | None:
+    """Return the [num_steps] table of loss weights, or None where all are 1.
+
+    min_snr weighs the x0 error by min(snr, 5), which for the loss in terms of the target means a factor of 1 (x0),
+    1 / snr (eps) or 1 / (snr + 1) (v) on top.
+
+    Reference:
+        Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy".
+    """
+    if name == "uniform":
+        return None
+    snr = schedule.logsnr.double().exp()
+    per_error = {"x0": torch.ones_like(snr), "eps": 1 / snr, "v": 1 / (snr + 1)}[target]
+    return (snr.clamp(max=_MIN_SNR_GAMMA) * per_error).float()

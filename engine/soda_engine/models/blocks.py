@@ -1,0 +1,211 @@
+"""The parts of the denoiser: residual blocks that time and z modulate, self-attention, attention to sections of z.
+
+Convolutions and linear layers start as PyTorch's do, save those that `zero_init` wraps: the last of every residual
+branch, so that an untrained block passes its input on, and every modulation, so that it is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from soda_kernels import ModulatedGroupNorm, attention, attention_qkvpacked
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+# Odd, so that index -> index * constant is one-to-one modulo 2^64: no two blocks of a model share a dropout key.
+_DROPOUT_KEY_STRIDE = 0x9E3779B97F4A7C15
+
+
+def zero_init(layer: Layer) -> Layer:
+    """Set a layer's weight and bias to zero and return it."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """ADM's residual block with SODA's modulation at its second norm.
+
+        h   = conv1(resample(silu(GN(x))))
+        h   = conv2(dropout(silu(z_scale' * (t_scale' * GN(h) + t_shift) + z_shift)))        scale' = 1 + scale
+        out = (h + shortcut(resample(x))) * residual_scale
+
+    The projection of z has no bias, so that a zeroed section modulates nothing.
+
+    Args:
+        in_channels, out_channels: of h; the shortcut is the identity where they agree and nothing is skipped in.
+        skip_channels: if not 0, forward takes the pair (h, skip), which is never concatenated.
+        time_dim: width of the time embedding.
+        section_dim: width of the block's section of z.
+        num_groups: of both norms.
+        dropout: probability of zeroing, in training mode.
+        resample: "down" averages and "up" repeats 2x2 pixels.
+        residual_scale: factor on the sum.
+        index: the block's number in the model; blocks of different numbers drop differently.
+
+    Reference:
+        Dhariwal and Nichol 2021 (block); Hudson et al. 2023 (modulation by t, then by z).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_dim: int,
+        section_dim: int,
+        num_groups: int,
+        skip_channels: int = 0,
+        dropout: float = 0.0,
+        resample: Literal["down", "up"] | None = None,
+        residual_scale: float = 1.0,
+        index: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.skip_channels = in_channels, skip_channels
+        self.resample, self.residual_scale = resample, residual_scale
+        total = in_channels + skip_channels
+        self.norm1 = ModulatedGroupNorm(num_groups, total)
+        self.conv1 = nn.Conv2d(total, out_channels, 3, padding=1)
+        self.time_proj = zero_init(nn.Linear(time_dim, 2 * out_channels))
+        self.z_proj = zero_init(nn.Linear(section_dim, 2 * out_channels, bias=False))
+        self.norm2 = ModulatedGroupNorm(num_groups, out_channels, scale_offset=1.0, dropout_p=dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(total, out_channels, 1) if skip_channels or total != out_channels else None
+        # As the int64 with the same bits, so that adding it to a key wraps around.
+        self.dropout_key = (index * _DROPOUT_KEY_STRIDE + 2**63) % 2**64 - 2**63
+
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor], time: Tensor, section: Tensor, seed: Tensor | None = None
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: [N, in_channels, H, W], or the pair of it and the skip, [N, skip_channels, H, W].
+            time: [N, time_dim]. section: [N, section_dim], zero if masked.
+            seed: [N] int64, one dropout key a sample; needed in training with dropout.
+
+        Returns:
+            [N, out_channels, H', W'].
+        """
+        h = self.conv1(self._resampled(self.norm1(x)))
+        key = None if seed is None else seed + self.dropout_key
+        h = self.norm2(h, self.time_proj(time).chunk(2, dim=1), self.z_proj(section).chunk(2, dim=1), seed=key)
+        return (self.conv2(h) + self._shortcut(x)) * self.residual_scale
+
+    def _shortcut(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        if isinstance(x, Tensor):
+            x = self._resampled(x)
+            return x if self.shortcut is None else self.shortcut(x)
+        # A 1x1 convolution of a concatenation is the sum of one over each part, with that part's columns.
+        assert self.shortcut is not None
+        h, skip = x
+        on_h, on_skip = self.shortcut.weight.split((self.in_channels, self.skip_channels), dim=1)
+        return F.conv2d(h, on_h, self.shortcut.bias) + F.conv2d(skip, on_skip)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+
+class ConvResample(nn.Module):
+    """Halve the side by a strided 3x3 convolution, or double it by nearest neighbours and a 3x3 convolution."""
+
+    takes_skip = False
+
+    def __init__(self, channels: int, resample: Literal["down", "up"]) -> None:
+        super().__init__()
+        self.resample = resample
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample == "down" else 1, padding=1)
+
+    def forward(self, x: Tensor, condition: object = None) -> Tensor:
+        """[N, C, H, W] -> [N, C, H', W']; the condition, which other layers take, plays no part."""
+        return self.conv(x if self.resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over pixels: out = (x + proj(attention(qkv(GN(x))))) * residual_scale.
+
+    Raises:
+        ValueError: `head_dim` does not divide `channels`.
+    """
+
+    def __init__(self, channels: int, *, head_dim: int, num_groups: int, residual_scale: float = 1.0) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.residual_scale = _num_heads(channels, head_dim), head_dim, residual_scale
+        self.norm = ModulatedGroupNorm(num_groups, channels, activation=None)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W]."""
+        qkv = _pixels_last(self.qkv(self.norm(x))).unflatten(2, (3, self.num_heads, self.head_dim))
+        return (x + self.proj(_pixels_first(attention_qkvpacked(qkv), x))) * self.residual_scale
+
+
+class CrossAttentionBlock(nn.Module):
+    """Attention from pixels to the tokens of z: out = (x + proj(attention(q(GN(x)), kv(tokens)))) * residual_scale.
+
+    Args:
+        token_dim: width of the tokens.
+
+    Raises:
+        ValueError: `head_dim` does not divide `channels`.
+    """
+
+    def __init__(
+        self, channels: int, *, token_dim: int, head_dim: int, num_groups: int, residual_scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.residual_scale = _num_heads(channels, head_dim), head_dim, residual_scale
+        self.norm = ModulatedGroupNorm(num_groups, channels, activation=None)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.kv = nn.Linear(token_dim, 2 * channels)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """[N, C, H, W] and [N, m + 1, token_dim] -> [N, C, H, W]."""
+        q = _pixels_last(self.q(self.norm(x))).unflatten(2, (self.num_heads, self.head_dim))
+        k, v = self.kv(tokens).unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
+        return (x + self.proj(_pixels_first(attention(q, k, v), x))) * self.residual_scale
+
+
+class SectionTokens(nn.Module):
+    """Turn each section of z into a token: token_i = W_i section_i + e_i, with e_i alone where the section is zeroed.
+
+    Args:
+        section_dims: width of each section.
+        token_dim: width of the tokens.
+    """
+
+    def __init__(self, section_dims: Sequence[int], token_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.ModuleList(nn.Linear(dim, token_dim, bias=False) for dim in section_dims)
+        self.embedding = nn.Parameter(torch.randn(len(section_dims), token_dim) * 0.02)
+
+    def forward(self, sections: Sequence[Tensor]) -> Tensor:
+        """m + 1 tensors [N, section_dim] -> [N, m + 1, token_dim]."""
+        return torch.stack([proj(s) for proj, s in zip(self.proj, sections, strict=True)], dim=1) + self.embedding
+
+
+def _num_heads(channels: int, head_dim: int) -> int:
+    if head_dim < 1 or channels % head_dim:
+        raise ValueError(f"head_dim is {head_dim}; it must divide the {channels} channels that attend")
+    return channels // head_dim
+
+
+def _pixels_last(x: Tensor) -> Tensor:
+    """View [N, C, H, W] as [N, H * W, C], without a copy for a contiguous and for a channels_last tensor."""
+    return x.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1])
+
+
+def _pixels_first(o: Tensor, like: Tensor) -> Tensor:
+    """View attention's output [N, H * W, heads, head_dim] as a channels_last [N, C, H, W]."""
+    return o.flatten(2).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)

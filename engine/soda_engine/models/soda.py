@@ -1,0 +1,262 @@
+"""SODA: an encoder whose compact code z guides a diffusion denoiser, as one module that can be saved and shared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from soda_kernels import NoiseSchedule, philox_normal
+from torch import Tensor, nn
+
+from soda_engine.config import SodaConfig, from_dict, to_dict
+from soda_engine.data.views import plain_view
+from soda_engine.diffusion.guidance import guided
+from soda_engine.diffusion.objective import SCHEDULES, denoising_losses, loss_weights
+from soda_engine.diffusion.samplers import sample as run_sampler
+from soda_engine.models.encoder import ResNetEncoder
+from soda_engine.models.modulation import build_section_map, section_indices, section_slices
+from soda_engine.models.unet import Denoiser
+
+WEIGHTS_NAME = "model.safetensors"
+
+
+class Soda(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="soda-engine",
+    tags=["soda", "diffusion", "representation-learning"],
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2311.17901",
+):
+    """The SODA model.
+
+    Args:
+        config: all settings; `type(model)(model.config)` is the model's untrained twin.
+
+    Attributes:
+        encoder: source view to z. denoiser: noisy target view and z to the prediction.
+        section_names, section_slices: the sections of z, coarse control last ("middle"), and where they lie.
+
+    Reference:
+        Hudson et al. 2023, "SODA: Bottleneck Diffusion Models for Representation Learning".
+    """
+
+    def __init__(self, config: SodaConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or SodaConfig()
+        sections = build_section_map(config.denoiser, config.latent.pairing)
+        self.section_names = sections.names
+        self.section_slices = section_slices(config.latent.dim, len(sections.names))
+        self.encoder = ResNetEncoder(config.encoder, config.latent.dim)
+        self.denoiser = Denoiser(config.denoiser, config.latent)
+        self._schedule: NoiseSchedule = SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
+        weights = loss_weights(self._schedule, config.diffusion.loss_weight, config.diffusion.target)
+        self.register_buffer("loss_weights", weights, persistent=False)
+
+    @property
+    def num_sections(self) -> int:
+        return len(self.section_names)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise schedule, on the model's device."""
+        self._schedule = self._schedule.to(self.device)
+        return self._schedule
+
+    def forward(
+        self, source: Tensor, target_view: Tensor, *, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor
+    ) -> Tensor:
+        """Return the training loss of each sample; see `soda_engine.diffusion.objective.denoising_losses`."""
+        return denoising_losses(self, source, target_view, seed=seed, sample_ids=sample_ids, step=step)
+
+    def denoise(
+        self,
+        x_t: Tensor,
+        step_index: Tensor,
+        z: Tensor,
+        *,
+        section_mask: Tensor | None = None,
+        dropout_seed: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the diffusion target of noisy images, guided by z.
+
+        Args:
+            x_t: [N, C, S, S]. step_index: [N] int64. z: [N, d].
+            section_mask: [N, m + 1] or [1, m + 1] of 0 and 1; a section at 0 does not guide. None keeps all.
+            dropout_seed: [N] int64, needed in training mode with dropout.
+
+        Returns:
+            [N, C, S, S]: the noise, v or x0, as `config.diffusion.target` says.
+        """
+        t = (step_index + 1).to(torch.float32) / self.config.diffusion.num_steps
+        return self.denoiser(x_t, t, z, section_mask=section_mask, seed=dropout_seed)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
+        """Encode images of any size into z.
+
+        Args:
+            images: [N, C, H, W] floats in [-1, 1] or uint8; resized to the encoder's size. On any device.
+            batch_size: images encoded at a time.
+
+        Returns:
+            [N, d] fp32 on the model's device.
+
+        Raises:
+            ValueError: the images have another number of channels than the encoder.
+        """
+        channels = self.config.encoder.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images has shape {tuple(images.shape)}; this model takes (N, {channels}, H, W)")
+        size, batches = self.config.encoder.image_size, images.split(batch_size)
+        with _evaluating(self):
+            codes = [self.encoder(plain_view(batch.to(self.device), size)).float() for batch in batches if len(batch)]
+        return torch.cat(codes) if codes else torch.empty(0, self.config.latent.dim, device=self.device)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        *,
+        num_steps: int = 100,
+        method: str = "ddim",
+        eta: float = 0.0,
+        cfg_scale: float = 1.0,
+        sections: Sequence[str | int] | None = None,
+        unconditional_sections: Sequence[str | int] | None = None,
+        clip_x0: float | None = 1.0,
+        seed: int = 0,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        x_T: Tensor | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> Tensor:
+        """Generate one image for each z.
+
+        Args:
+            z: [N, d].
+            num_steps: denoising steps, spread evenly over the schedule.
+            method: "ddim", "ddpm" or "dpmpp_2m". eta: DDIM's noise; 0 is deterministic.
+            cfg_scale: guidance scale; 1 is off.
+            sections: the sections that guide, by name or index; None for all, [] for an unguided sample.
+            unconditional_sections: the sections zeroed in the unconditional half of guidance; None for all.
+            clip_x0: clamp the predicted clean image to [-clip_x0, clip_x0]; None for no clipping.
+            seed, sample_ids: key of the noise; sample_ids counts from 0 if None.
+            x_T: [N, C, S, S] to start from, instead of drawn noise.
+            batch_size: images generated at a time; it does not change them.
+            progress: show a progress bar.
+
+        Returns:
+            [N, C, S, S] fp32, in [-1, 1] where x0 is clipped.
+
+        Raises:
+            ValueError: z has the wrong width, or an argument is out of range.
+        """
+        if z.ndim != 2 or z.shape[1] != self.config.latent.dim:
+            raise ValueError(f"z has shape {tuple(z.shape)}; it must be (N, {self.config.latent.dim})")
+        shape = (self.config.denoiser.in_channels, *(self.config.denoiser.image_size,) * 2)
+        z = z.to(self.device)
+        ids = torch.as_tensor(range(len(z)) if sample_ids is None else sample_ids, dtype=torch.int64).to(self.device)
+        if x_T is None:
+            # Steps of the sampler's stream are step indices; num_steps of the schedule is none of them.
+            first = self.config.diffusion.num_steps
+            x_T = philox_normal((len(z), *shape), seed=seed, sample_ids=ids, step=first, stream="sampler")
+        if tuple(x_T.shape) != (len(z), *shape):
+            raise ValueError(f"x_T has shape {tuple(x_T.shape)}; it must be {(len(z), *shape)}")
+        keep = self._mask(range(self.num_sections) if sections is None else sections)
+        dropped = range(self.num_sections) if unconditional_sections is None else unconditional_sections
+        images = []
+        with _evaluating(self):
+            for start in range(0, len(z), batch_size):
+                part = slice(start, start + batch_size)
+                denoise = guided(self.denoise, z[part], keep, keep * (1 - self._mask(dropped)), cfg_scale)
+                images.append(
+                    run_sampler(
+                        denoise,
+                        x_T[part].to(self.device),
+                        self.schedule,
+                        num_steps=num_steps,
+                        method=method,
+                        target=self.config.diffusion.target,
+                        cfg_scale=cfg_scale,
+                        eta=eta,
+                        clip_x0=clip_x0,
+                        seed=seed,
+                        sample_ids=ids[part],
+                        progress=progress,
+                    )  # fmt: skip
+                )
+        return torch.cat(images) if images else torch.empty(0, *shape, device=self.device)
+
+    def _mask(self, sections: Sequence[str | int] | range) -> Tensor:
+        """A [1, m + 1] mask that is 1 at the given sections."""
+        mask = torch.zeros(1, self.num_sections, device=self.device)
+        mask[:, section_indices(list(sections), self.section_names)] = 1.0
+        return mask
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_weights(self, save_directory / WEIGHTS_NAME)
+        (save_directory / "config.json").write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
+        local_files_only: bool, token: str | bool | None, map_location: str = "cpu", **_: Any,
+    ) -> Soda:  # fmt: skip
+        folder = Path(model_id)
+        path = folder / WEIGHTS_NAME if folder.is_dir() else hf_hub_download(
+            model_id, WEIGHTS_NAME, revision=revision, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only, token=token,
+        )  # fmt: skip
+        return load_weights(Path(path), cls).to(map_location)
+
+
+def save_weights(model: Soda, path: Path) -> None:
+    """Write a model's weights as safetensors, with its config in the file's metadata."""
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt", "soda_config": json.dumps(to_dict(model.config))})
+
+
+def load_weights(path: Path, cls: type[Soda] = Soda) -> Soda:
+    """Build the model that `save_weights` wrote, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or was not written by `save_weights`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if "soda_config" not in metadata:
+        raise ValueError(f"{path} has no soda_config in its metadata; it is not a SODA model of this engine")
+    model = cls(from_dict(SodaConfig, json.loads(metadata["soda_config"])))
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+class _evaluating:
+    """Put a model in evaluation mode for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self._model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self._model.train(self._was_training)

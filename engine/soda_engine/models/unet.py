@@ -1,0 +1,209 @@
+"""The denoiser: ADM's U-Net, whose blocks the time step and their section of z modulate."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from soda_engine.config import DenoiserConfig, LatentConfig
+from soda_engine.models.blocks import (
+    AttentionBlock,
+    ConvResample,
+    CrossAttentionBlock,
+    ResidualBlock,
+    SectionTokens,
+    zero_init,
+)
+from soda_engine.models.modulation import TimeEmbedding, build_section_map, mask_sections, section_slices
+from soda_kernels import ModulatedGroupNorm
+
+
+class Condition(NamedTuple):
+    """What every layer may look at besides its input."""
+
+    time: Tensor  # [N, time_dim]
+    sections: list[Tensor]  # m + 1 of [N, section_dim], zero where masked
+    tokens: Tensor | None  # [N, m + 1, token_dim], for cross-attention
+    seed: Tensor | None  # [N] int64, for dropout
+
+
+class Layer(nn.Module):
+    """A residual block, which section `section` modulates, and the attention that follows it."""
+
+    def __init__(
+        self, section: int, block: ResidualBlock, attention: AttentionBlock | None, cross: CrossAttentionBlock | None
+    ) -> None:
+        super().__init__()
+        self.section, self.block, self.attention, self.cross = section, block, attention, cross
+        self.takes_skip = block.skip_channels > 0
+
+    def forward(self, x: Tensor | tuple[Tensor, Tensor], condition: Condition) -> Tensor:
+        """[N, C_in, H, W], or a pair (h, skip) -> [N, C_out, H', W']."""
+        h = self.block(x, condition.time, condition.sections[self.section], condition.seed)
+        if self.attention is not None:
+            h = self.attention(h)
+        return h if self.cross is None else self.cross(h, condition.tokens)
+
+
+class Denoiser(nn.Module):
+    """Predict the denoising target from a noisy image, its time, and z.
+
+    Down: an input convolution, then at each level `blocks` residual blocks and a resampling to the next; each output is
+    a skip. Middle: two residual blocks. Up: at each level `blocks + 1` residual blocks that take the skips in reverse,
+    then a resampling. Where a level's side is in `attention_resolutions`, attention follows each of its residual blocks
+    and the first of the middle's, but no resampling block; a side that no level has is ignored. The last convolution
+    starts from zero, so an untrained denoiser predicts zero.
+
+    Args:
+        config: the architecture.
+        latent: width of z and how its sections pair with blocks.
+
+    Raises:
+        ValueError: the image's side, the groups, the heads or the sections do not divide as they must.
+
+    Reference:
+        Dhariwal and Nichol 2021 (ADM); Hudson et al. 2023 (layer modulation).
+    """
+
+    def __init__(self, config: DenoiserConfig, latent: LatentConfig) -> None:
+        super().__init__()
+        _check(config)
+        section_map = build_section_map(config, latent.pairing)
+        self.config, self.latent_dim = config, latent.dim
+        self.section_names = section_map.names
+        self.section_slices = section_slices(latent.dim, len(section_map.names))
+        section_dims = [cut.stop - cut.start for cut in self.section_slices]
+        time_dim = 4 * config.channels
+        shared: dict[str, Any] = {"num_groups": config.num_groups, "residual_scale": config.residual_scale}
+        index = itertools.count()
+
+        def layer(section: int, level: int, channels: int, width: int, *, attend: bool = True, **options: Any) -> Layer:
+            block = ResidualBlock(
+                channels, width, time_dim=time_dim, section_dim=section_dims[section], dropout=config.dropout,
+                index=next(index), **shared, **options,
+            )  # fmt: skip
+            attention = cross = None
+            if attend and config.image_size >> level in config.attention_resolutions:
+                attention = AttentionBlock(width, head_dim=config.head_dim, **shared)
+                if config.cross_attention:
+                    cross = CrossAttentionBlock(width, token_dim=time_dim, head_dim=config.head_dim, **shared)
+            return Layer(section, block, attention, cross)
+
+        def resampling(
+            sections: Iterator[int], level: int, channels: int, resample: Literal["down", "up"]
+        ) -> nn.Module:
+            if not config.resample_in_block:
+                return ConvResample(channels, resample)
+            return layer(next(sections), level, channels, channels, attend=False, resample=resample)
+
+        self.time = TimeEmbedding(config.channels, time_dim)
+        self.tokens = SectionTokens(section_dims, time_dim) if config.cross_attention else None
+        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        channels, skips = widths[0], [widths[0]]
+        last, sections = len(widths) - 1, iter(section_map.down)
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            for _ in range(config.blocks):
+                self.down.append(layer(next(sections), level, channels, width))
+                channels = width
+                skips.append(channels)
+            if level < last:
+                self.down.append(resampling(sections, level, channels, "down"))
+                skips.append(channels)
+
+        middle = len(section_map.names) - 1
+        self.middle = nn.ModuleList(layer(middle, last, channels, channels, attend=first) for first in (True, False))
+
+        sections = iter(section_map.up)
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                self.up.append(layer(next(sections), level, channels, width, skip_channels=skips.pop()))
+                channels = width
+            if level > 0:
+                self.up.append(resampling(sections, level, channels, "up"))
+        self.norm_out = ModulatedGroupNorm(config.num_groups, channels)
+        self.conv_out = zero_init(nn.Conv2d(channels, config.in_channels, 3, padding=1))
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, z: Tensor, *, section_mask: Tensor | None = None, seed: Tensor | None = None
+    ) -> Tensor:
+        """Predict.
+
+        Args:
+            x_t: [N, C, S, S], the noisy target view.
+            t: [N] in [0, 1].
+            z: [N, d].
+            section_mask: [m + 1], [1, m + 1] or [N, m + 1], 1 for kept and 0 for zeroed; None keeps all of z.
+            seed: [N] int64, one dropout key a sample, on which alone its dropout depends; needed in training mode with
+                dropout, and unused elsewhere.
+
+        Returns:
+            [N, C, S, S], the predicted eps, v or x0.
+
+        Raises:
+            ValueError: an argument has another shape, or the seed is missing.
+        """
+        if not self.training or self.config.dropout == 0.0:
+            seed = None
+        elif seed is None:
+            raise ValueError("seed is None; training with dropout needs one int64 key a sample, or call eval()")
+        self._check_inputs(x_t, t, z, seed)
+        if section_mask is not None:
+            z = mask_sections(z, section_mask, self.section_slices)
+        sections = [z[:, cut] for cut in self.section_slices]
+        tokens = None if self.tokens is None else self.tokens(sections)
+        condition = Condition(self.time(t), sections, tokens, seed)
+
+        h = self.conv_in(x_t)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, condition)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, condition)
+        for layer in self.up:
+            h = layer((h, skips.pop()) if layer.takes_skip else h, condition)
+        return self.conv_out(self.norm_out(h))
+
+    def _check_inputs(self, x_t: Tensor, t: Tensor, z: Tensor, seed: Tensor | None) -> None:
+        side, batch = self.config.image_size, x_t.shape[0]
+        expected = {
+            "x_t": (x_t, (batch, self.config.in_channels, side, side)),
+            "t": (t, (batch,)),
+            "z": (z, (batch, self.latent_dim)),
+            "seed": (seed, (batch,)),
+        }
+        for name, (value, shape) in expected.items():
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+
+
+def _check(config: DenoiserConfig) -> None:
+    """Raise a ValueError that names the first field of `config` that does not fit the others."""
+    if not config.multipliers or min(config.multipliers) < 1:
+        raise ValueError(f"multipliers is {config.multipliers}; it must hold one positive number a level")
+    for name in ("in_channels", "image_size", "channels", "blocks", "num_groups", "head_dim"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    factor = 2 ** (len(config.multipliers) - 1)
+    if config.image_size % factor:
+        raise ValueError(
+            f"image_size is {config.image_size}; with {len(config.multipliers)} levels it must be divisible by {factor}"
+        )
+    sides = [config.image_size >> level for level in range(len(config.multipliers))]
+    if config.cross_attention and not set(sides) & set(config.attention_resolutions):
+        raise ValueError(
+            f"attention_resolutions is {config.attention_resolutions}; with cross_attention it must have one of {sides}"
+        )
+    for multiplier in config.multipliers:
+        channels = config.channels * multiplier
+        if channels % config.num_groups:
+            raise ValueError(
+                f"num_groups is {config.num_groups}; it must divide the {channels} channels "
+                f"(channels {config.channels} times multiplier {multiplier})"
+            )

@@ -1,0 +1,1 @@
+"""Pretraining: the trainer, its optimizer, moving average, checkpoints, logs and processes."""
