@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Union
 
@@ -19,7 +17,7 @@ from soda_engine.train.trainer import Trainer
 DESCRIPTION = "Pretrain SODA models, and use them: sample, reconstruct, encode, probe, edit."
 
 # One subcommand a preset, whose flags are the fields of TrainConfig with the preset's values as defaults.
-Preset = Annotated[
+Preset: Any = Annotated[
     tyro.extras.subcommand_type_from_defaults(PRESETS, prefix_names=False), tyro.conf.arg(name="")
 ]
 

@@ -199,7 +199,7 @@ class Probe(_ModelCommand):
     def __call__(self) -> None:
         folder, model = self.folder(), self.load()
         parts = [self.dataset(model, split) for split in ("train", "test")]
-        options = {"batch_size": self.batch_size, "workers": self.workers, "progress": True}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "workers": self.workers, "progress": True}
         features = {"z": [encode_dataset(model, part, **options) for part in parts]}
         _report_skipped(*features["z"])
         if self.baselines:
@@ -218,8 +218,9 @@ class Probe(_ModelCommand):
                 "inverse_penalty": logistic.inverse_penalty, "converged": logistic.converged, "lr": swept.lr
             }  # fmt: skip
         _write_json(folder / "probe.json", {**results, "chosen": details})
-        print(f"\n{format_table(results)}\n\nlinear_probe: logistic regression; linear_sweep: batch norm and a linear "
-              f"layer, learning rate chosen on held-out train images; knn: cosine, k = {self.k}\n{folder / 'probe.json'}")  # fmt: skip
+        print(f"\n{format_table(results)}\n")
+        print("linear_probe: logistic regression; linear_sweep: batch norm and a linear layer, learning rate chosen on")
+        print(f"held-out train images; knn: cosine, k = {self.k}\n{folder / 'probe.json'}")
 
 
 @dataclass(frozen=True, kw_only=True)

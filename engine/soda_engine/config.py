@@ -23,6 +23,7 @@ class EncoderConfig:
     arch: Literal["resnet18", "resnet50"] = "resnet18"
     """Depth. Paper: ResNet-50 at scale, ResNet-18 for small images."""
     in_channels: int = 3
+    """Channels of the images."""
     width: int = 64
     """Channels of the first stage; 64 is the standard ResNet (and what pretrained weights need)."""
     stem: Literal["small", "imagenet"] = "small"
@@ -36,6 +37,7 @@ class DenoiserConfig:
     """The ADM-style U-Net that z guides."""
 
     in_channels: int = 3
+    """Channels of the images."""
     image_size: int = 32
     """Side of the target view in pixels; divisible by 2 ** (levels - 1)."""
     channels: int = 128
@@ -47,10 +49,11 @@ class DenoiserConfig:
     attention_resolutions: tuple[int, ...] = (16, 8)
     """Sides of the feature maps, in pixels, that get self-attention."""
     head_dim: int = 64
+    """Channels of an attention head."""
     num_groups: int = 32
     """Groups of every group norm; must divide every channel count."""
     dropout: float = 0.1
-    """Paper: 0.1."""
+    """Rate in every residual block. Paper: 0.1."""
     resample_in_block: bool = True
     """Resample inside a residual block (ADM's resblock up/down) instead of by a strided convolution."""
     residual_scale: float = 2**-0.5
@@ -79,13 +82,13 @@ class DiffusionConfig:
     """The noise schedule and what the denoiser predicts."""
 
     schedule: Literal["inverted_cosine", "cosine", "linear"] = "inverted_cosine"
-    """Paper: inverted cosine."""
+    """How the noise grows with the step. Paper: inverted cosine."""
     num_steps: int = 1000
-    """Paper: 1000."""
+    """Steps of the schedule. Paper: 1000."""
     target: Literal["eps", "v", "x0"] = "eps"
-    """Paper: eps."""
+    """What the denoiser predicts. Paper: eps, the noise."""
     loss_weight: Literal["uniform", "min_snr"] = "uniform"
-    """Paper: uniform. min_snr: weight min(snr, 5) of the x0 error (Hang et al. 2023), as an option of ours."""
+    """Weight of each step's loss. Paper: uniform. min_snr: weight min(snr, 5) of the x0 error (Hang et al. 2023), as an option of ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +110,13 @@ class DatasetConfig:
     label_column: str | None = None
     """Column of the labels; None finds label, labels, cls, fine_label, ...; a set without labels cannot be probed."""
     train_split: str = "train"
+    """Split to pretrain on."""
     test_split: str | None = None
     """None: test if there is one, else validation, else val, else a seeded tenth held out from train."""
     image_size: int = 32
     """Side in pixels at which images are stored for a batch: shorter side resized, then centre-cropped."""
     channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB; images of the other kind are converted."""
     workers: int = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -121,11 +126,15 @@ class PipelineConfig:
     """The random augmentation that makes one view. Every field's default is the identity."""
 
     crop_probability: float = 0.0
+    """How often an image gets a random resized crop. Paper: 0.95."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random resized crop as a share of the image. Paper: (0.08, 1)."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
     flip_probability: float = 0.0
+    """How often an image is mirrored left to right."""
     randaugment_probability: float = 0.0
+    """How often an image gets RandAugment. Paper: 0.65."""
     randaugment_ops: int = 2
     """Operations drawn an image (RandAugment's N)."""
     randaugment_magnitude: int = 9
@@ -149,19 +158,19 @@ class OptimConfig:
     lr: float = 1e-4
     """The denoiser's rate. Paper: 1e-4."""
     encoder_lr_multiplier: float = 2.0
-    """Paper: 2."""
+    """The encoder's rate over the denoiser's. Paper: 2."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Paper: (0.9, 0.95)."""
+    """AdamW's decay of its two moments. Paper: (0.9, 0.95)."""
     weight_decay: float = 0.05
-    """Paper: 0.05; never on norms and biases."""
+    """AdamW's. Paper: 0.05; never on norms and biases."""
     warmup_images: int = 256_000
-    """Linear warm-up. Its length is ours."""
+    """Images over which the rate rises linearly from 0. Its length is ours."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or cosine to zero at `total_images`."""
     grad_clip: float = 1.0
     """Largest norm of the whole gradient. Paper: 1.0."""
     ema_decay: float = 0.9999
-    """Paper: 0.9999. In the first steps the decay is min(ema_decay, (1 + step) / (10 + step))."""
+    """Decay a step of the weights' moving average. Paper: 0.9999. In the first steps the decay is min(ema_decay, (1 + step) / (10 + step))."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +178,13 @@ class CadenceConfig:
     """How often things happen, in images seen; 0 turns one off."""
 
     log_images: int = 10_000
+    """A line of the log."""
     checkpoint_images: int = 500_000
+    """A checkpoint."""
     sample_images: int = 1_000_000
+    """A picture of reconstructions."""
     probe_images: int = 2_500_000
+    """A probe of z."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay on disk."""
 
@@ -181,7 +194,7 @@ class TrainConfig:
     """A pretraining run. The same command with the same --out resumes it."""
 
     data: str = "digits"
-    """digits (ships with scikit-learn), a folder of parquet files, images or WebDataset tars, or a Hugging Face name."""
+    """digits (ships with scikit-learn); a folder of parquet files, images or WebDataset tars; a Hugging Face name."""
     out: str = "runs/soda"
     """The run's folder: checkpoints, logs, pictures."""
     total_images: int = 10_000_000
@@ -193,16 +206,19 @@ class TrainConfig:
     accumulate: int = 1
     """Split each step into so many backward passes."""
     seed: int = 0
+    """Key of every random draw: weights, order, views, noise, masks, dropout."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     channels_last: bool = True
+    """Keep images and features channels-last in memory."""
     kernels: Literal["auto", "reference"] = "auto"
     """auto: the fastest kernel for the device; reference: plain PyTorch. They differ in speed alone."""
     max_bad_steps: int = 5
     """Steps in a row with a NaN or infinite loss after which the run stops; such steps are skipped and counted."""
     tensorboard: bool = True
+    """Also log to TensorBoard."""
     dry_run: bool = False
     """Print the resolved settings and the model's size, and stop."""
     model: SodaConfig = field(default_factory=SodaConfig)

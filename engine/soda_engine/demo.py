@@ -82,7 +82,7 @@ class Demo:
         seconds = progress.seconds + time.monotonic() - start
         metrics = {**accuracies, "images_per_second": progress.images / progress.seconds, "seconds": seconds}
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(f"\nAccuracy on {len(test_set)} held-out digits, pretrained on the other {len(train_set)} without labels\n")
+        print(f"\nAccuracy on {len(test_set)} held-out digits; pretrained on the other {len(train_set)}, unlabelled\n")
         print(format_table(accuracies))
         print(f"\n{progress.images:,} images in {progress.seconds:.0f} s of training "
               f"({metrics['images_per_second']:.0f} images/s), {seconds:.0f} s in all")  # fmt: skip

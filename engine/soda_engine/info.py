@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from soda_kernels import explain
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,6 +16,7 @@ from soda_engine.models.soda import Soda
 from soda_engine.presets import PRESETS
 from soda_engine.train.checkpoint import load
 from soda_engine.train.distributed import resolve_device
+from soda_kernels import explain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,11 @@ def _measure(part: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[int,
 
 def _kernels(model: Soda, config: SodaConfig, device: torch.device) -> list[str]:
     """Say what `explain` says of each kernel of the denoiser, with how often it is called."""
-    real = Soda(config).eval().to(device)
+    # Memory without values: nothing is read, and drawing the weights of a large model takes a minute.
+    denoiser = model.denoiser.to_empty(device=device)
     shape = (1, config.denoiser.in_channels, *(config.denoiser.image_size,) * 2)
     arguments: list[Any] = [torch.empty(shape), torch.zeros(1), torch.empty(1, config.latent.dim)]
-    choices = explain(real.denoiser, *(argument.to(device) for argument in arguments)).choices
+    choices = explain(denoiser, *(argument.to(device) for argument in arguments)).choices
     counts: dict[str, int] = {}
     for choice in choices:
         counts[str(choice)] = counts.get(str(choice), 0) + 1

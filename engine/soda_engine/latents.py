@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from soda_kernels import philox_normal
 from torch import Tensor
 
 from soda_engine.models.modulation import section_indices
+from soda_kernels import philox_normal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,14 @@
 """Presets: complete settings as Python values. Where a value comes from is said in `config.py`, field by field.
 
-| preset | encoder (source) | denoiser (target) | z | schedule | views | from the paper | ours |
+| preset | encoder | source | denoiser | target | z | views | ours (not the paper's) |
 |---|---|---|---|---|---|---|---|
-| digits | ResNet-18, width 16, 16 px | 32 channels, 16 px | 64 | inverted cosine | light | method | every size |
-| cifar10 | ResNet-18, 32 px | 128 channels, 32 px | 128 | inverted cosine | classification | stem, rates, views | channels, z |
-| imagenet64 | ResNet-50, 64 px | 192 channels, 64 px | 2048 | inverted cosine | classification | the same | channels |
-| imagenet128 | ResNet-50, 224 px | 256 channels, 128 px | 2048 | inverted cosine | classification | the same | channels |
+| digits | ResNet-18, width 16 | 16 px | 32 channels | 16 px | 64 | light | every size and rate, views |
+| cifar10 | ResNet-18 | 32 px | 128 channels | 32 px | 128 | classification | channels, z |
+| imagenet64 | ResNet-50 | 64 px | 192 channels | 64 px | 2048 | classification | channels, z |
+| imagenet128 | ResNet-50 | 224 px | 256 channels | 128 px | 2048 | classification | channels, z |
+
+All have the paper's inverted-cosine schedule, eps prediction, AdamW and two rates; the encoders for at most 64 px have
+its 3x3 stem.
 """
 
 from __future__ import annotations

@@ -111,6 +111,8 @@ def _choice(func: Any, leaves: list[Any]) -> OpChoice:
     name = func._schema.name.split("::")[1]
     if func.namespace == REFERENCE_NAMESPACE:
         reason = "asked for by use_backend"
+    elif device.type == "meta":
+        return OpChoice(op=name, device="meta", backend="meta", reason="meta tensors have shapes and no values")
     elif func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, device.type.upper())):
         kind = "native" if device.type == "cpu" else "triton"
         return OpChoice(op=name, device=str(device), backend=kind, reason=f"a kernel is registered for {device.type}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -75,9 +76,11 @@ def test_the_noise_does_not_follow_the_crop() -> None:
     torch.testing.assert_close(cropped, view(images, noisy))
     noise = (cropped - plain_view(images, 16)) / 0.1
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
-    ramp = torch.arange(16, dtype=torch.uint8).expand(512, 1, 16, 16) * 16
-    position = view(ramp, PipelineConfig(crop_probability=1.0)).mean((1, 2, 3))
-    assert abs(torch.corrcoef(torch.stack((position, noise[:, 0, 0, 0])))[0, 1]) < 0.15
+    # Were both drawn with one key, value 3 of the noise would hold the sine of the number that places the crop.
+    ramp = torch.arange(16, dtype=torch.uint8)[:, None].expand(512, 1, 16, 16) * 16
+    quarter = PipelineConfig(crop_probability=1.0, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0))
+    place = view(ramp, quarter).mean((1, 2, 3))
+    assert torch.corrcoef(torch.cat((place[None], noise.flatten(1)[:, :8].T)))[0, 1:].abs().max() < 0.15
 
 
 def test_noise_can_be_left_out() -> None:
@@ -159,6 +162,23 @@ def test_a_crop_sees_nothing_beyond_its_edges() -> None:
     box = [torch.tensor([value], dtype=torch.float64) for value in (2 / 12, 2 / 12, 8 / 12, 8 / 12)]
     for size in (4, 8, 30):
         assert _resample(images, *box, torch.tensor([False]), size).max() == 0
+
+
+@pytest.mark.parametrize("size", [8, 24, 48], ids=lambda size: f"to-{size}")
+def test_resampling_is_exact_arithmetic(size: int) -> None:
+    # Weights in steps of 2^-10 on rows in steps of 1/8: no sum is ever rounded, so no order of summing matters.
+    images = torch.randint(0, 256, (8, 3, 24, 24), dtype=torch.uint8)
+    crops = _draw_crop(torch.rand(8, 8), PipelineConfig(crop_probability=1.0))
+    levels = _resample(images, *crops, torch.zeros(8, dtype=torch.bool), size) * 2**13
+    assert torch.equal(levels, levels.round())
+
+
+def test_a_ratio_that_cannot_fit_bends_and_the_area_stays() -> None:
+    pipeline = PipelineConfig(crop_probability=1.0, crop_scale=(0.4, 1.0), crop_ratio=(2.0, 3.0))
+    draws = torch.rand(1000, 8)
+    _, _, height, width = _draw_crop(draws, pipeline)
+    torch.testing.assert_close(height * width, 0.4 + 0.6 * draws[:, 1].double())
+    assert (height * width)[width < 1 - 1e-9].max() <= 0.5 + 1e-9
 
 
 def test_crop_areas_and_ratios_fill_their_ranges() -> None:
@@ -274,6 +294,24 @@ def test_every_operation_stays_in_range(op: str, channels: int) -> None:
 def test_a_constant_image_survives_autocontrast() -> None:
     images = torch.full((1, 3, 8, 8), 0.25)
     assert torch.equal(apply("autocontrast", images, 1.0), images)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Let torch split its work, as it does only above a size."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33), (3, 256)], ids=["1x8x8", "3x33x33", "3x256x256"])
+@pytest.mark.parametrize("op", OPS)
+def test_an_operation_is_the_same_in_any_batch(op: str, channels: int, side: int, two_threads: None) -> None:
+    images = pictures(5, channels, side).float() / 255
+    whole = apply(op, images, 0.5)
+    for part in ([0], [1], [2], [3], [4], [4, 2, 0]):
+        assert torch.equal(apply(op, images[part], 0.5), whole[part])
 
 
 def test_each_sample_gets_the_operations_it_drew_in_order() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from soda_kernels import NoiseSchedule, add_noise, denoising_loss, philox_uniform
 from torch import Tensor
 
 from soda_engine.models.modulation import draw_section_mask
+from soda_kernels import NoiseSchedule, add_noise, denoising_loss, philox_uniform
 
 if TYPE_CHECKING:
     from soda_engine.models.soda import Soda
@@ -52,7 +52,7 @@ def denoising_losses(
         Hudson et al. 2023; the loss is equation 14 of Ho et al. 2020.
     """
     latent, diffusion = model.config.latent, model.config.diffusion
-    key = {"seed": seed, "sample_ids": sample_ids, "step": step}
+    key: dict[str, Any] = {"seed": seed, "sample_ids": sample_ids, "step": step}
     z = model.encoder(source)
     step_index = draw_step_index(model.schedule, **key)
     x_t = add_noise(target_view, step_index, model.schedule, **key)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from soda_kernels import NoiseSchedule, sampler_step
 from torch import Tensor
 from tqdm import tqdm
 
 from soda_engine.diffusion.guidance import Denoise
+from soda_kernels import NoiseSchedule, sampler_step
 
 
 @torch.no_grad()

@@ -15,9 +15,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -152,6 +149,11 @@ def curves(
     Raises:
         ValueError: a line is not JSON, or none of the metrics occurs.
     """
+    # Half a second to import, which the pictures that matplotlib does not draw need not wait for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     records = _read_jsonl(Path(metrics))
     shown: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for panel, names in panels.items():

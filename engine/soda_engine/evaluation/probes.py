@@ -9,21 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from tqdm import trange
 
 from soda_engine.evaluation.features import Features
+
+# scikit-learn takes a second to import, which a command that probes nothing need not wait for.
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 HELD_OUT_SHARE = 0.1
 INVERSE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -102,6 +102,8 @@ def logistic_probe(
     Raises:
         ValueError: labels, classes, dims or values are not as said above.
     """
+    from sklearn.preprocessing import StandardScaler
+
     task = _check_task(train, test)
     if not inverse_penalties or min(inverse_penalties) <= 0:
         raise ValueError(f"inverse_penalties is {inverse_penalties}; it must hold at least one value, each above 0")
@@ -302,6 +304,8 @@ def _check_task(train: Features, test: Features) -> _Task:
 
 def _hold_out(labels: npt.NDArray[np.int64], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Split rows into those to fit and a stratified tenth; a class's only image is always fitted."""
+    from sklearn.model_selection import train_test_split
+
     rows = np.arange(len(labels))
     divisible = rows[np.bincount(labels)[labels] >= 2]
     if not len(divisible):
@@ -319,6 +323,9 @@ def _fit_logistic(
     z: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], inverse_penalty: float, max_iterations: int
 ) -> tuple[LogisticRegression, bool]:
     """Fit one logistic regression; the second value tells whether it converged."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         # One thread: the small products of L-BFGS spend more time on waking threads than on computing (50,000 x 128 on

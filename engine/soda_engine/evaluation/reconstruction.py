@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
 from soda_engine.data.views import plain_view
@@ -113,6 +112,9 @@ def score(target: Tensor, reconstruction: Tensor, *, batch_size: int = 256) -> R
         raise ValueError(f"reconstruction has shape {tuple(reconstruction.shape)}; target has {tuple(target.shape)}")
     if target.ndim != 4 or not len(target) or min(target.shape[-2:]) < 3:
         raise ValueError(f"target has shape {tuple(target.shape)}; it must be [N, C, H, W], N > 0, sides of 3 or more")
+    # torchmetrics takes two seconds to import, which a command that measures nothing need not wait for.
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     radius = min(SSIM_RADIUS, (min(target.shape[-2:]) - 1) // 2)
     window = 2 * radius + 1
     psnr: list[float] = []

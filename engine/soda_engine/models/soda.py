@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from soda_kernels import NoiseSchedule, philox_normal
 from torch import Tensor, nn
 
 from soda_engine.config import SodaConfig, from_dict, to_dict
@@ -22,6 +22,7 @@ from soda_engine.diffusion.samplers import sample as run_sampler
 from soda_engine.models.encoder import ResNetEncoder
 from soda_engine.models.modulation import build_section_map, section_indices, section_slices
 from soda_engine.models.unet import Denoiser
+from soda_kernels import NoiseSchedule, philox_normal
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -56,6 +57,7 @@ class Soda(
         self.encoder = ResNetEncoder(config.encoder, config.latent.dim)
         self.denoiser = Denoiser(config.denoiser, config.latent)
         self._schedule: NoiseSchedule = SCHEDULES[config.diffusion.schedule](config.diffusion.num_steps)
+        self.loss_weights: Tensor | None
         weights = loss_weights(self._schedule, config.diffusion.loss_weight, config.diffusion.target)
         self.register_buffer("loss_weights", weights, persistent=False)
 
@@ -113,8 +115,9 @@ class Soda(
             [N, d] fp32 on the model's device.
 
         Raises:
-            ValueError: the images have another number of channels than the encoder.
+            ValueError: the images have another number of channels than the encoder, or batch_size is not positive.
         """
+        _check_batch_size(batch_size)
         channels = self.config.encoder.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; this model takes (N, {channels}, H, W)")
@@ -162,6 +165,7 @@ class Soda(
         Raises:
             ValueError: z has the wrong width, or an argument is out of range.
         """
+        _check_batch_size(batch_size)
         if z.ndim != 2 or z.shape[1] != self.config.latent.dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be (N, {self.config.latent.dim})")
         shape = (self.config.denoiser.in_channels, *(self.config.denoiser.image_size,) * 2)
@@ -232,7 +236,7 @@ def load_weights(path: Path, cls: type[Soda] = Soda) -> Soda:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or was not written by `save_weights`.
+        ValueError: the file is damaged, or was not written by `save_weights`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -245,18 +249,25 @@ def load_weights(path: Path, cls: type[Soda] = Soda) -> Soda:
     if "soda_config" not in metadata:
         raise ValueError(f"{path} has no soda_config in its metadata; it is not a SODA model of this engine")
     model = cls(from_dict(SodaConfig, json.loads(metadata["soda_config"])))
-    model.load_state_dict(tensors)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights that the config in it describes") from error
     return model.eval()
 
 
-class _evaluating:
-    """Put a model in evaluation mode for a while."""
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be positive")
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._was_training = model, model.training
 
-    def __enter__(self) -> None:
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self._model.train(self._was_training)
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for a while; a part that was frozen in it stays so afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

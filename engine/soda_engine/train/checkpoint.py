@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -78,6 +80,11 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob("[0-9]*") if path.is_dir())
 
 
+def set_aside(folder: Path) -> None:
+    """Hide a damaged checkpoint from `list_checkpoints`, so that its place is free again, without deleting it."""
+    os.replace(folder, folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
+
+
 def remove_unfinished(run: Path) -> None:
     """Delete what an interrupted save left."""
     for path in (run / "checkpoints").glob(f"{_UNFINISHED}*"):
@@ -122,17 +129,27 @@ def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Soda:
 
     Raises:
         FileNotFoundError: there is no model at that path.
-        ValueError: a file is damaged.
+        ValueError: the weights are damaged; in a run's folder, those of every checkpoint (else a warning tells which
+            was passed over).
     """
     folder = Path(path)
     if not folder.exists():
         looks_like_hub_name = str(path).count("/") == 1 and not str(path).startswith((".", "runs/"))
         if looks_like_hub_name:
-            return Soda.from_pretrained(str(path), map_location=device)
+            try:
+                return Soda.from_pretrained(str(path), map_location=device)
+            except OSError as error:
+                reason = str(error).splitlines()[0]
+                raise FileNotFoundError(f"no model at {path}, neither a folder here nor on the hub: {reason}") from error
         raise FileNotFoundError(f"no model at {path}: it is no folder")
     checkpoints = list_checkpoints(folder)
-    if checkpoints:
-        folder = checkpoints[-1]
+    for checkpoint in reversed(checkpoints):
+        try:
+            return load_weights(checkpoint / (EMA_NAME if ema else WEIGHTS_NAME)).to(device)
+        except (FileNotFoundError, ValueError) as error:
+            if checkpoint == checkpoints[0]:
+                raise ValueError(f"no checkpoint of {path} can be loaded: {error}") from error
+            warnings.warn(f"{error}; loading the checkpoint before it", stacklevel=2)
     name = EMA_NAME if ema and (folder / EMA_NAME).is_file() else WEIGHTS_NAME
     if not (folder / name).is_file():
         raise FileNotFoundError(f"no model at {path}: it holds neither checkpoints nor {WEIGHTS_NAME}")

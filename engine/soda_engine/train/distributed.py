@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,6 +143,8 @@ class _GlobalBatchNorm2d(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
 
 
-def unwrap(model: nn.Module) -> Any:
-    """Return the model inside data parallelism."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+def synchronizing(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Return a context in which a backward pass averages gradients over the processes only if `enabled`."""
+    if isinstance(model, DistributedDataParallel) and not enabled:
+        return model.no_sync()
+    return nullcontext()

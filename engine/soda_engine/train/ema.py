@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class Ema:
+class Ema(Generic[Model]):
     """Keeps a second model whose parameters follow the first's.
 
     The decay of step i (from 0) is min(decay, (1 + i) / (10 + i)), so that a short run does not average in its start.
@@ -18,7 +21,7 @@ class Ema:
         decay: the largest decay, in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 
@@ -26,8 +29,9 @@ class Ema:
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards `model`; buffers, such as a batch norm's statistics, are copied."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, parameters = list(self.model.parameters()), list(model.parameters())
+        averages: list[Tensor] = list(self.model.parameters())
+        parameters: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, parameters, 1 - decay)
-        buffers = [b for b in self.model.buffers()]
+        buffers = list(self.model.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(model.buffers()))

@@ -27,7 +27,8 @@ def build_optimizer(model: Soda, config: OptimConfig) -> torch.optim.AdamW:
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Split trainable parameters into those that decay (weights of convolutions and linear layers) and the rest."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.requires_grad:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from soda_kernels import use_backend
 from torch import Tensor
 
 from soda_engine.config import TrainConfig, to_dict
@@ -29,11 +29,13 @@ from soda_engine.train.checkpoint import (
     load_checkpoint,
     remove_unfinished,
     save_checkpoint,
+    set_aside,
 )
 from soda_engine.train.ema import Ema
 from soda_engine.train.logging import RunLog
 from soda_engine.train.milestones import draw_reconstructions, probe_latents
 from soda_engine.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from soda_kernels import use_backend
 
 CONFIG_NAME = "config.json"
 
@@ -68,7 +70,8 @@ class Trainer:
         _check(config, processes.world_size)
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = Soda(config.model).to(processes.device, memory_format=layout)
+        self.model = Soda(config.model).to(device=processes.device)
+        self.model.to(memory_format=layout)  # type: ignore[call-overload]
         self.ema = Ema(self.model, config.optim.ema_decay)
         distributed.synchronize_batch_norms(self.model, processes)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -162,7 +165,7 @@ class Trainer:
         path = self.run / "checkpoints" / f"{self.progress.images:012d}"
         if self.processes.is_main:
             path = save_checkpoint(
-                self.run, self.model, self.ema.model, self.optimizer, self.progress,  # type: ignore[arg-type]
+                self.run, self.model, self.ema.model, self.optimizer, self.progress,
                 keep=self.config.cadence.keep_checkpoints,
             )  # fmt: skip
         self.processes.barrier()
@@ -176,21 +179,24 @@ class Trainer:
         parts = batch.split(math.ceil(share / config.accumulate))
         for index, part in enumerate(parts):
             part = part.to(device)
-            key = {"seed": config.seed, "sample_ids": part.sample_ids, "epochs": part.epochs}
-            views = config.views
-            source = make_view(part.images, views.source, config.model.encoder.image_size, role="source", **key)
-            target = make_view(part.images, views.target, config.model.denoiser.image_size, role="target", **key)
-            last = index == len(parts) - 1
-            synchronize = contextlib.nullcontext() if last or not self.processes.is_parallel else self.parallel.no_sync()
-            with synchronize, torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                losses = self.parallel(
-                    source.contiguous(memory_format=self.layout), target.contiguous(memory_format=self.layout),
-                    seed=config.seed, sample_ids=part.sample_ids, step=self.progress.step,
-                )  # fmt: skip
+            source, target = self._views(part)
+            with distributed.synchronizing(self.parallel, enabled=index == len(parts) - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                    losses = self.parallel(
+                        source, target, seed=config.seed, sample_ids=part.sample_ids, step=self.progress.step
+                    )
                 loss = losses.sum() / share
                 loss.backward()
             total += loss.detach()
         return self.processes.sum(total) / self.processes.world_size
+
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Draw the source and the target view of each image, in the model's layout."""
+        model, views = self.config.model, self.config.views
+        key: dict[str, Any] = {"seed": self.config.seed, "sample_ids": batch.sample_ids, "epochs": batch.epochs}
+        source = make_view(batch.images, views.source, model.encoder.image_size, role="source", **key)
+        target = make_view(batch.images, views.target, model.denoiser.image_size, role="target", **key)
+        return source.contiguous(memory_format=self.layout), target.contiguous(memory_format=self.layout)
 
     def _milestones(self, before: int, log: RunLog) -> None:
         """Save, draw and probe where a multiple of their cadence was passed."""
@@ -274,11 +280,13 @@ class Trainer:
         self.processes.barrier()
         for folder in reversed(checkpoints):
             try:
-                return load_checkpoint(folder, self.model, self.ema.model, self.optimizer)  # type: ignore[arg-type]
+                return load_checkpoint(folder, self.model, self.ema.model, self.optimizer)
             except ValueError as error:
                 if folder == checkpoints[0]:
                     raise
-                print(f"{error}; trying the one before")
+                if self.processes.is_main:
+                    print(f"{error}; set aside, trying the one before", file=sys.stderr)
+                    set_aside(folder)
         return Progress()
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from soda_kernels import _checks
+from soda_kernels._autograd import first_derivative_only
 from soda_kernels._backend import current_ops
 from soda_kernels.attention import ops as _ops  # noqa: F401  registers the ops
 
@@ -84,7 +84,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         return *ctx.ops.attention_backward(do, *ctx.saved_tensors, ctx.scale), None
 
@@ -98,6 +98,6 @@ class _AttentionQkvPacked(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
         return ctx.ops.attention_qkvpacked_backward(do, *ctx.saved_tensors, ctx.scale), None

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from soda_kernels import _checks
+from soda_kernels._autograd import first_derivative_only
 from soda_kernels._backend import current_ops
 from soda_kernels._philox import STREAMS
 from soda_kernels.diffusion import ops as _ops  # noqa: F401  registers the ops
@@ -237,7 +237,7 @@ def sampler_step(
         method, target, cfg_scale, eta, clip_x0, previous_x0,
         None if previous_index is None else _checks.int64_scalar("previous_index", previous_index, device),
         _checks.int64_scalar("seed", seed, device) if stochastic and seed is not None else None,
-        _checks.int64_vector("sample_ids", sample_ids, len(x_t), device) if stochastic and sample_ids is not None
+        _checks.int64_vector("sample_ids", sample_ids, x_t.shape[0], device) if stochastic and sample_ids is not None
         else None,
     )  # fmt: skip
 
@@ -276,10 +276,10 @@ def _noise_key(
     if not isinstance(step_index, Tensor):
         raise TypeError(f"step_index is a {type(step_index).__name__}; it must be an (N,) integer tensor")
     return (
-        _checks.int64_vector("step_index", step_index, len(x), x.device),
+        _checks.int64_vector("step_index", step_index, x.shape[0], x.device),
         _checks.int64_scalar("seed", seed, x.device),
-        _checks.int64_vector("sample_ids", sample_ids, len(x), x.device),
-        _checks.int64_scalar_or_vector("step", step, len(x), x.device),
+        _checks.int64_vector("sample_ids", sample_ids, x.shape[0], x.device),
+        _checks.int64_scalar_or_vector("step", step, x.shape[0], x.device),
     )
 
 
@@ -311,7 +311,7 @@ class _AddNoise(torch.autograd.Function):
         return ctx.ops.add_noise(x0, step_index, alpha, sigma, *key)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dx_t: Tensor) -> tuple[Any, ...]:
         return ctx.ops.add_noise_backward(dx_t, *ctx.saved_tensors), None, None, None, None, None, None
 
@@ -329,7 +329,7 @@ class _DenoisingLoss(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         dprediction = ctx.ops.denoising_loss_backward(dloss, *ctx.saved_tensors, ctx.target)
         return dprediction, None, None, None, None, None, None, None, None, None

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from soda_kernels import _checks
+from soda_kernels._autograd import first_derivative_only
 from soda_kernels._backend import current_ops
 from soda_kernels.group_norm import ops as _ops  # noqa: F401  registers the ops
 
@@ -98,7 +98,7 @@ class _ModulatedGroupNorm(torch.autograd.Function):
         return y, summed
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dy: Tensor, dsummed: Tensor | None) -> tuple[Any, ...]:
         x, skip, weight, bias, mean, rstd, seed, *modulations = ctx.saved_tensors
         dx, dskip, dweight, dbias, dmodulations = ctx.ops.modulated_group_norm_backward(

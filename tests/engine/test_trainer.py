@@ -1,0 +1,220 @@
+"""A run: exact resumption, interruption, skipped steps, accumulation, milestones, settings that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from soda_engine.config import CadenceConfig, TrainConfig
+from soda_engine.data.loaders import Batch
+from soda_engine.train.checkpoint import list_checkpoints, load
+from soda_engine.train.trainer import Trainer, TrainingStopped
+from tests.engine.tiny import tiny_model, tiny_run
+
+
+def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def interrupt_at(trainer: Trainer, step: int) -> None:
+    """Send this process a Ctrl-C while the trainer is in the given step."""
+    take_step = trainer.step
+
+    def step_and_interrupt(*args: Any) -> dict[str, float]:
+        if trainer.progress.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return take_step(*args)
+
+    trainer.step = step_and_interrupt  # type: ignore[method-assign]
+
+
+def test_an_interrupted_run_continues_with_the_same_losses_to_the_bit(tmp_path: Path, capsys: Any) -> None:
+    whole, cut = (tiny_run(tmp_path / name, cadence=CadenceConfig(log_images=32)) for name in ("whole", "cut"))
+    Trainer(whole).train()
+    first = Trainer(cut)
+    interrupt_at(first, 2)
+    assert first.train().images == 48
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "interrupted at 48 images" in capsys.readouterr().err
+    assert Trainer(cut).train().images == 96
+    losses = [[(r["images"], r["loss"], r["window_loss"]) for r in records(tmp_path / n)] for n in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    assert [images for images, _, _ in losses[0]] == [32, 64, 96]
+    for ema in (True, False):
+        expected, got = (load(tmp_path / name, ema=ema).state_dict() for name in ("whole", "cut"))
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_killed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, cadence=CadenceConfig(log_images=16, checkpoint_images=32))
+    trainer = Trainer(config)
+    take_step = trainer.step
+
+    def step_and_die(*args: Any) -> dict[str, float]:
+        if trainer.progress.step == 3:
+            raise MemoryError
+        return take_step(*args)
+
+    trainer.step = step_and_die  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert [r["images"] for r in records(tmp_path)] == [16, 32, 48]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "ima')
+    Trainer(config).train()
+    assert [r["images"] for r in records(tmp_path)] == [16, 32, 48, 64, 80, 96]
+
+
+def test_the_loss_falls_and_the_log_says_what_a_run_needs(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, total_images=16 * 40, model=tiny_model(dropout=0.0))
+    Trainer(config).train()
+    log = records(tmp_path)
+    assert sum(r["loss"] for r in log[-5:]) < 0.8 * sum(r["loss"] for r in log[:5])
+    expected = {
+        "images", "step", "loss", "window_loss", "lr", "grad_norm_encoder", "grad_norm_denoiser", "images_per_second",
+        "seconds", "skipped_steps", "skipped_images",
+    }  # fmt: skip
+    assert expected <= log[-1].keys()
+    assert log[-1]["grad_norm_encoder"] > 0
+    assert log[0]["lr"] == pytest.approx(config.optim.lr * 16 / 32)
+
+
+def test_a_step_with_a_nan_loss_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_run(tmp_path))
+    batches = trainer._batches()
+    trainer.step(next(batches))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    average = {name: tensor.clone() for name, tensor in trainer.ema.model.state_dict().items()}
+    forward = trainer.model.forward
+    monkeypatch.setattr(trainer.model, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
+    metrics = trainer.step(next(batches))
+    assert metrics["loss"] != metrics["loss"]
+    assert (trainer.progress.images, trainer.progress.step, trainer.progress.skipped_steps) == (32, 2, 1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
+    assert all(torch.equal(average[name], tensor) for name, tensor in trainer.ema.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_good_ones_start_the_count_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny_run(tmp_path, max_bad_steps=2, total_images=16 * 20))
+    forward = trainer.model.forward
+    bad = {1, 3, 6, 7}
+
+    def sometimes_infinite(*args: Any, **kwargs: Any) -> Tensor:
+        losses = forward(*args, **kwargs)
+        return losses + float("inf") if trainer.progress.step in bad else losses
+
+    monkeypatch.setattr(trainer.model, "forward", sometimes_infinite)
+    with pytest.raises(TrainingStopped, match=r"not finite for 2 steps in a row.*none yet.*--optim.lr"):
+        trainer.train()
+    assert trainer.progress.step == 8
+    assert trainer.progress.skipped_steps == 4
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    results = []
+    for accumulate in (1, 3):
+        trainer = Trainer(tiny_run(tmp_path / str(accumulate), accumulate=accumulate))
+        trainer.model.encoder.eval()  # batch norms see the parts: only without them the sum is exact
+        batches = trainer._batches()
+        results.append([trainer.step(next(batches)) for _ in range(4)])
+    for whole, parts in zip(*results, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("change", [{"channels_last": False}, {"kernels": "reference"}], ids=lambda c: next(iter(c)))
+def test_layout_and_kernels_change_speed_alone(tmp_path: Path, change: dict[str, Any]) -> None:
+    losses = []
+    for name, fields in (("base", {}), ("changed", change)):
+        Trainer(tiny_run(tmp_path / name, **fields)).train()
+        losses.append([r["loss"] for r in records(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_bf16_trains(tmp_path: Path) -> None:
+    Trainer(tiny_run(tmp_path / "bf16", precision="bf16")).train()
+    Trainer(tiny_run(tmp_path / "fp32", precision="fp32")).train()
+    bf16, fp32 = ([r["loss"] for r in records(tmp_path / name)] for name in ("bf16", "fp32"))
+    assert bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0.05)
+    assert all(p.dtype == torch.float32 for p in load(tmp_path / "bf16").parameters())
+
+
+def test_milestones_draw_probe_and_keep_the_newest_checkpoints(tmp_path: Path) -> None:
+    cadence = CadenceConfig(log_images=16, checkpoint_images=16, sample_images=48, probe_images=96, keep_checkpoints=2)
+    Trainer(tiny_run(tmp_path, cadence=cadence, tensorboard=True)).train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"{80:012d}", f"{96:012d}"]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [f"{48:012d}.png", f"{96:012d}.png"]
+    (probe,) = records(tmp_path, "probe")
+    assert 0.1 < probe["linear_probe"] <= 1 and 0 <= probe["knn"] <= 1
+    assert any(path.name.startswith("events.") for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_max_minutes_saves_and_stops(tmp_path: Path, capsys: Any) -> None:
+    assert Trainer(tiny_run(tmp_path, max_minutes=0.0)).train().images == 16
+    assert "the same command goes on" in capsys.readouterr().err
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"{16:012d}"]
+
+
+def test_unreadable_images_are_counted_and_named(tmp_path: Path, capsys: Any) -> None:
+    trainer = Trainer(tiny_run(tmp_path))
+    whole = trainer.train_set.read
+
+    def read(indices: Any) -> tuple[Tensor, list[int], list[str]]:
+        images, kept, _ = whole(indices)
+        return images[1:], kept[1:], [trainer.train_set.name(indices[0])]
+
+    trainer.train_set.read = read  # type: ignore[method-assign]
+    progress = trainer.train()
+    assert progress.skipped_images == 6
+    assert progress.images == 96
+    assert "skipped an unreadable image: digits train image" in capsys.readouterr().err
+    assert len(records(tmp_path, "skipped_image")) == 6
+
+
+def test_a_batch_without_a_readable_image_takes_no_step(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_run(tmp_path))
+    before = [p.clone() for p in trainer.model.parameters()]
+    none = torch.empty(0, dtype=torch.int64)
+    trainer.step(Batch(torch.empty(0, 1, 8, 8, dtype=torch.uint8), none, none, none, ["x"] * 16))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.progress.images == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"accumulate": 17}, "accumulate is 17"),
+        ({"total_images": 0}, "total_images is 0"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"model": tiny_model(in_channels=3)}, "model.denoiser.in_channels is 3 and dataset.channels 1"),
+        ({"data": "no/such/folder"}, "no/such/folder"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_fit_are_one_clear_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        Trainer(tiny_run(tmp_path / "run", **change))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    config: TrainConfig = tiny_run(tmp_path, max_minutes=0.0)
+    Trainer(config).train()
+    other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0))
+    with pytest.raises(ValueError, match=r"was started with optim.lr = 0.002, not 1.0; .*another --out"):
+        Trainer(other)
+    assert Trainer(dataclasses.replace(config, max_minutes=None)).train().images == 96
