@@ -16,9 +16,22 @@ from soda_engine.train.trainer import Trainer
 
 DESCRIPTION = "Pretrain SODA models, and use them: sample, reconstruct, encode, probe, edit."
 
+
+
+def _describe_preset(config: TrainConfig) -> str:
+    encoder, denoiser = config.model.encoder, config.model.denoiser
+    return (
+        f"{config.data}: {encoder.arch} at {encoder.image_size} px, z of {config.model.latent.dim}, denoiser at "
+        f"{denoiser.image_size} px; {config.total_images:,} images"
+    )
+
+
 # One subcommand a preset, whose flags are the fields of TrainConfig with the preset's values as defaults.
 Preset: Any = Annotated[
-    tyro.extras.subcommand_type_from_defaults(PRESETS, prefix_names=False), tyro.conf.arg(name="")
+    tyro.extras.subcommand_type_from_defaults(
+        PRESETS, descriptions={name: _describe_preset(preset) for name, preset in PRESETS.items()}, prefix_names=False
+    ),
+    tyro.conf.arg(name=""),
 ]
 
 

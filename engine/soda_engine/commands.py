@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,18 +34,20 @@ class SamplingOptions:
     num_steps: int = 100
     """Denoising steps."""
     method: Literal["ddim", "ddpm", "dpmpp_2m"] = "ddim"
+    """ddim, ddpm (always noisy), or dpmpp_2m (second order: good with 20 steps)."""
     eta: float = 0.0
     """Noise of DDIM; 0 is deterministic."""
     cfg_scale: float = 1.0
     """Guidance scale; 1 is off."""
-    unconditional_sections: tuple[str, ...] | None = None
+    unconditional_sections: tuple[str, ...] = ()
     """Sections of z zeroed in the unconditional half of guidance; all if not given."""
     seed: int = 0
-    """Of the noise."""
+    """Key of the noise."""
 
     def as_arguments(self) -> dict[str, Any]:
         """Return the options as keyword arguments of `Soda.sample`."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return options | {"unconditional_sections": self.unconditional_sections or None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +66,21 @@ class _ModelCommand:
         return load(self.run, device=str(resolve_device(self.device)))
 
     def folder(self) -> Path:
-        """Make the folder for results and return it."""
+        """Return the folder for results; what writes the first of them makes it, so that a failure leaves none."""
         folder = Path(self.out or self.run)
         if self.out is None and not folder.is_dir():
             raise ValueError(f"{self.run} is no folder here; give --out for the results")
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"--out {folder} is a file; it must be a folder or a new name")
         return folder
 
     def dataset(self, model: Soda, split: Literal["train", "test"]) -> ImageDataset:
         """Open a part of --data, or of the data that the run was trained on."""
         saved = Path(self.run) / CONFIG_NAME
-        values = json.loads(saved.read_text()) if saved.is_file() else {}
+        try:
+            values = json.loads(saved.read_text()) if saved.is_file() else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{saved} is damaged: {error}") from error
         if "dataset" in values:
             config = from_dict(TrainConfig, values)
             return open_dataset(self.data or config.data, config.dataset, split, seed=config.seed)
@@ -88,17 +95,19 @@ class _ModelCommand:
 class _PictureCommand(_ModelCommand):
     images: tuple[str, ...] = ()
     """Image files to use; images of the test set if not given."""
-    indices: tuple[int, ...] | None = None
+    indices: tuple[int, ...] = ()
     """Which images of the test set to use; the first ones if not given."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
 
     def pictures(self, model: Soda, num: int) -> Tensor:
         """Return [N, C, S, S] uint8: the files in --images, the --indices, or the first `num` test images."""
         encoder = model.config.encoder
+        if num < 1:
+            raise ValueError(f"num is {num}; it must be positive")
         if self.images:
             return torch.stack([_read(Path(path), encoder.image_size, encoder.in_channels) for path in self.images])
         dataset = self.dataset(model, "test")
-        indices = range(min(num, len(dataset))) if self.indices is None else self.indices
+        indices = range(min(num, len(dataset))) if not self.indices else self.indices
         outside = [index for index in indices if not 0 <= index < len(dataset)]
         if outside:
             raise ValueError(f"indices has {outside[0]}; the test set has images 0 to {len(dataset) - 1}")
@@ -129,10 +138,10 @@ class Sample(_PictureCommand):
     """Images, or variations of each image."""
 
     def __call__(self) -> None:
-        model, path = self.load(), self.folder() / "samples.png"
-        options = self.sampling.as_arguments() | {"progress": True}
         if self.num < 1:
             raise ValueError(f"num is {self.num}; it must be positive")
+        model, path = self.load(), self.folder() / "samples.png"
+        options = self.sampling.as_arguments() | {"progress": True}
         if self.mode == "variations":
             pictures_of_z.draw_variations(model, self.pictures(model, 8), self.num, path, **options)
         elif self.mode == "gaussian":
@@ -169,6 +178,7 @@ class Encode(_ModelCommand):
     """Parts of the data set; one file each."""
     format: Literal["npz", "safetensors"] = "npz"
     batch_size: int = 256
+    """Images encoded at a time."""
     workers: int = 0
     """Loader processes."""
 
@@ -193,6 +203,7 @@ class Probe(_ModelCommand):
     k: int = 20
     """Neighbours of the k-NN probe."""
     batch_size: int = 256
+    """Images encoded at a time."""
     workers: int = 0
     """Loader processes."""
 
@@ -246,14 +257,14 @@ class Interpolate(_PictureCommand):
 class Mix(_PictureCommand):
     """Draw images with sections of z taken from others: first all images a, then all images b."""
 
-    sections: tuple[str, ...] | None = None
+    sections: tuple[str, ...] = ()
     """Names of the sections of b to put into a; each alone if not given."""
 
     def __call__(self) -> None:
         model, path = self.load(), self.folder() / "mix.png"
         images_a, images_b = self.pairs(model, 5)
         pictures_of_z.draw_mixes(
-            model, images_a, images_b, path, sections=self.sections, **self.sampling.as_arguments(), progress=True
+            model, images_a, images_b, path, sections=self.sections or None, **self.sampling.as_arguments(), progress=True
         )
         print(path)
 
@@ -263,6 +274,7 @@ class Directions(_PictureCommand):
     """Find the principal directions of z over the training set and draw images moved along them."""
 
     num_directions: int = 6
+    """Directions to draw, the widest first: a row each."""
     amounts: tuple[float, ...] = (-3, -2, -1, 0, 1, 2, 3)
     """How far to move, in standard deviations."""
 
@@ -294,4 +306,5 @@ def _report_skipped(*features: Features) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any] | Sequence[Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n")

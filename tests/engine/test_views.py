@@ -305,7 +305,7 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33), (3, 256)], ids=["1x8x8", "3x33x33", "3x256x256"])
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 33), (3, 250)], ids=["1x8x8", "3x33x33", "3x250x250"])
 @pytest.mark.parametrize("op", OPS)
 def test_an_operation_is_the_same_in_any_batch(op: str, channels: int, side: int, two_threads: None) -> None:
     images = pictures(5, channels, side).float() / 255

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels" / "soda_kernels"
 ENGINE = ROOT / "engine" / "soda_engine"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def _constants(path: Path) -> dict[str, Any]:
+    """Read the constants that a file assigns at its top level, without running it."""
+    assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in assigned}
+
+
+SETUP = _constants(ROOT / "setup.py")
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ def tracked_files(*suffixes: str) -> list[Path]:
 def declared(*extras: str) -> set[str]:
     """Name the distributions that installing with these extras asks for, normalised (`scikit-learn`)."""
     names: set[str] = set()
-    for requirement in [*PROJECT["dependencies"], *(r for e in extras for r in PROJECT["optional-dependencies"][e])]:
+    for requirement in [*SETUP["DEPENDENCIES"], *(r for extra in extras for r in SETUP["EXTRAS"][extra])]:
         match = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", requirement)
         assert match, requirement
         if match[1] == PROJECT["name"]:
