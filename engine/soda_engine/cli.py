@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -12,24 +13,41 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the program's name; sys.argv's if None.
 
     Returns:
-        0; 1 where a package is missing or training cannot go on; 2 for wrong input; 130 after Ctrl-C.
+        0; 1 where a package is missing or training cannot go on; 2 for wrong input; 130 after Ctrl-C; 141 where what
+        reads the output has gone.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # a closed pipe is to show here, not while Python shuts down
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of the output goes
+        return 141  # 128 + SIGPIPE: what a shell reports of any command cut short by `head`
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         import tyro
 
         from soda_engine.command_line import COMMANDS, DESCRIPTION
         from soda_engine.train.trainer import TrainingStopped
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("soda_"):
-            raise
-        return _fail(f"soda-engine needs {error.name}: pip install 'soda-engine[engine]'", 1)
+        return _missing(error)
     command = tyro.cli(
         COMMANDS, prog="soda-engine", description=DESCRIPTION, args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+        config=(
+            tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
     )  # fmt: skip
     try:
         command()
-    except (ValueError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except ModuleNotFoundError as error:  # some packages are imported by the commands that need them
+        return _missing(error)
+    except BrokenPipeError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
         return _fail(f"soda-engine: {error}", 2)
     except TrainingStopped as error:
         return _fail(f"soda-engine: {error}", 1)
@@ -38,8 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _missing(error: ModuleNotFoundError) -> int:
+    if error.name is None or error.name.startswith("soda_"):
+        raise error
+    return _fail(f"soda-engine needs {error.name.partition('.')[0]}: pip install 'soda-engine[engine]'", 1)
+
+
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    print(" ".join(message.splitlines()), file=sys.stderr)
     return code
 
 

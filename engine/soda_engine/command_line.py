@@ -22,7 +22,7 @@ def _describe_preset(config: TrainConfig) -> str:
     encoder, denoiser = config.model.encoder, config.model.denoiser
     return (
         f"{config.data}: {encoder.arch} at {encoder.image_size} px, z of {config.model.latent.dim}, denoiser at "
-        f"{denoiser.image_size} px; {config.total_images:,} images"
+        f"{denoiser.image_size} px; {config.total_images / 1e6:g}M images"
     )
 
 

@@ -25,6 +25,7 @@ from soda_engine.train.distributed import resolve_device
 from soda_engine.train.trainer import CONFIG_NAME
 
 Run = Annotated[str, tyro.conf.Positional]
+OptionalText = Annotated[str | None, tyro.conf.DisallowNone]  # else --help offers the word None as a value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,9 @@ class SamplingOptions:
 class _ModelCommand:
     run: Run
     """Folder of a run or of a saved model, or a name on the Hugging Face hub."""
-    out: str | None = None
+    out: OptionalText = None
     """Folder for the results; RUN itself if not given."""
-    data: str | None = None
+    data: OptionalText = None
     """Data set to take images from; the run's own if not given."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda."""
@@ -264,8 +265,9 @@ class Mix(_PictureCommand):
         model, path = self.load(), self.folder() / "mix.png"
         images_a, images_b = self.pairs(model, 5)
         pictures_of_z.draw_mixes(
-            model, images_a, images_b, path, sections=self.sections or None, **self.sampling.as_arguments(), progress=True
-        )
+            model, images_a, images_b, path, sections=self.sections or None,
+            **self.sampling.as_arguments(), progress=True,
+        )  # fmt: skip
         print(path)
 
 

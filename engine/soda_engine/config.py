@@ -88,7 +88,8 @@ class DiffusionConfig:
     target: Literal["eps", "v", "x0"] = "eps"
     """What the denoiser predicts. Paper: eps, the noise."""
     loss_weight: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of each step's loss. Paper: uniform. min_snr: weight min(snr, 5) of the x0 error (Hang et al. 2023), as an option of ours."""
+    """Weight of each step's loss. Paper: uniform. min_snr: min(snr, 5) on the x0 error (Hang et al. 2023), an option of
+    ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,8 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest norm of the whole gradient. Paper: 1.0."""
     ema_decay: float = 0.9999
-    """Decay a step of the weights' moving average. Paper: 0.9999. In the first steps the decay is min(ema_decay, (1 + step) / (10 + step))."""
+    """Decay a step of the weights' moving average. Paper: 0.9999. In the first steps it is
+    min(ema_decay, (1 + step) / (10 + step))."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +241,8 @@ def from_dict(cls: type[Config], values: dict[str, Any]) -> Config:
     Raises:
         ValueError: a key is no field of `cls`, or a value has the wrong type; the message names it.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is {values!r}; it must be an object of named fields")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
     if unknown:
@@ -250,6 +254,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     """Turn a JSON value into what `hint` says, or raise a ValueError that names `where`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} is {value!r}; it must be an object of named fields")
         return from_dict(typing.cast(type, hint), value)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _decode(next(a for a in args if a is not types.NoneType), value, where)
@@ -258,12 +264,12 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
             raise ValueError(f"{where} is {value!r}; it must be one of {list(args)}")
         return value
     if origin is tuple:
-        item = args[0]
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} is {value!r}; it must be a list")
-        return tuple(_decode(item, v, where) for v in value)
+        length = None if args[-1] is Ellipsis else len(args)
+        if not isinstance(value, list | tuple) or length not in (None, len(value)):
+            raise ValueError(f"{where} is {value!r}; it must be a list" + (f" of {length}" if length else ""))
+        return tuple(_decode(args[0], v, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} is {value!r}; it must be a {hint.__name__}")
+        raise ValueError(f"{where} is {value!r}; it must be of type {hint.__name__}")
     return value

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from soda_engine.config import SodaConfig, TrainConfig, to_dict
@@ -79,17 +80,17 @@ def describe_model(config: SodaConfig, batch_size: int, device: torch.device) ->
 
 
 def _measure(part: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[int, int]:
-    """Return the FLOPs of a forward pass and the bytes of the tensors that autograd would keep for the backward."""
-    kept: dict[int, int] = {}
-    parameters = {id(p) for p in part.parameters()}
+    """Return the FLOPs of a forward pass and the bytes of memory that autograd would keep for the backward."""
+    own = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*part.parameters(), *part.buffers())}
+    kept: dict[StorageWeakRef, int] = {}
 
+    # By storage: views of one tensor, or of a weight, take no memory of their own.
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in parameters:
-            kept[id(tensor)] = tensor.numel() * tensor.element_size()
-            alive.append(tensor)
+        storage = tensor.untyped_storage()
+        if StorageWeakRef(storage) not in own:
+            kept[StorageWeakRef(storage)] = storage.nbytes()
         return tensor
 
-    alive: list[torch.Tensor] = []
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         part(*arguments)
     return counter.get_total_flops(), sum(kept.values())

@@ -1,14 +1,24 @@
-"""Presets: complete settings as Python values. Where a value comes from is said in `config.py`, field by field.
+"""Presets: complete settings as Python values.
 
-| preset | encoder | source | denoiser | target | z | views | ours (not the paper's) |
-|---|---|---|---|---|---|---|---|
-| digits | ResNet-18, width 16 | 16 px | 32 channels | 16 px | 64 | light | every size and rate, views |
-| cifar10 | ResNet-18 | 32 px | 128 channels | 32 px | 128 | classification | channels, z |
-| imagenet64 | ResNet-50 | 64 px | 192 channels | 64 px | 2048 | classification | channels, z |
-| imagenet128 | ResNet-50 | 224 px | 256 channels | 128 px | 2048 | classification | channels, z |
+Sources, by the labels of the project's notes on the paper (arXiv 2311.17901): [A] the authors' words, [B] readers of the
+paper, [O] ours, where the paper's value could not be read.
 
-All have the paper's inverted-cosine schedule, eps prediction, AdamW and two rates; the encoders for at most 64 px have
-its 3x3 stem.
+| field | digits | cifar10 | imagenet64 | imagenet128 | source |
+|---|---|---|---|---|---|
+| encoder | ResNet-18, width 16 | ResNet-18 | ResNet-50 | ResNet-50 | [B] 18 small, 50 at scale; width 16 [O] |
+| stem | 3x3 | 3x3 | 3x3 | 7x7 | [B] 3x3 up to 64 px |
+| source, target px | 8, 8 | 32, 32 | 64, 64 | 224, 128 | [B] independent; the sizes [O] |
+| length of z | 64 | 128 | 2048 | 2048 | [O] |
+| sections | by level | by level | by level | by level | [A] m + 1 of them; what pairs [O] |
+| masking | 0.12, 0.12 | 0.12, 0.12 | 0.12, 0.12 | 0.12, 0.12 | [O]; 0.12 was seen by one reader |
+| denoiser channels | 32 x (1, 2) | 128 x (1, 2, 2) | 192 x (1, 2, 3, 4) | 256 x (1, 1, 2, 3, 4) | ADM's [O] |
+| dropout | 0 | 0.1 | 0.1 | 0.1 | [B] 0.1; 0 for a run of minutes [O] |
+| schedule, target | inverted cosine, eps | the same | the same | the same | [B] |
+| views | light | classification | classification | classification | [B]; light [O] |
+| rates, clip | x10, x20, 1.0 | 1e-4, 2e-4, 1.0 | the same | the same | [B]; digits [O] |
+| EMA | 0.999 | 0.9999 | 0.9999 | 0.9999 | [B]; digits [O] |
+| warm-up, then | 5k images, cosine | 256k, constant | 10M, constant | 10M, constant | [B]; lengths [O] |
+| epochs | ~100 | 800 | 800 | 800 | [B] 800 for ImageNet; others [O] |
 """
 
 from __future__ import annotations

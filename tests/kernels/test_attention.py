@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from soda_kernels import attention, attention_qkvpacked
 from tests.kernels import compositions
@@ -125,3 +126,18 @@ def test_a_gradient_for_some_arguments_only() -> None:
     expected = torch.autograd.grad(attention(q, k, v).sum(), k)[0]
     (gradient,) = torch.autograd.grad(attention(q.detach(), k, v.detach()).sum(), k)
     assert torch.equal(gradient, expected)
+
+
+def test_the_flop_counter_counts_two_products_forward_and_five_backward() -> None:
+    qkv = random_qkv(2, 5, 7, 3, 8, torch.float32)
+    product = 2 * 2 * 3 * 5 * 7 * 8
+    with FlopCounterMode(display=False) as counter:
+        o = attention(*qkv)
+    assert counter.get_total_flops() == 2 * product
+    with counter:
+        o.sum().backward()
+    assert counter.get_total_flops() == 5 * product
+    packed = torch.randn(2, 5, 3, 3, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        attention_qkvpacked(packed).sum().backward()
+    assert counter.get_total_flops() == 7 * (2 * 2 * 3 * 5 * 5 * 8)

@@ -58,8 +58,15 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
             ("bf16", (bf16, None, bf16, None, torch.randn(8), None, [], *statistics, 1.0, True, 0.5, seeds)),
             ("sliced", (sliced, None, sliced, None, None, torch.randn(8), [], *statistics, 1.0, True, 0.0, None)),
         ],
-        "attention": [("fp32", (q, k, v, 0.3)), ("bf16", (q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.3))],
-        "attention_backward": [("fp32", (o, q, k, v, o, lse, 0.3))],
+        "attention": [
+            ("fp32", (q, k, v, 0.3)),
+            ("strided", (v, q, q, 0.3)),
+            ("bf16", (q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.3)),
+        ],
+        "attention_backward": [
+            ("fp32", (o, q, k, v, o, lse, 0.3)),
+            ("strided", (v, v, v, v, v, torch.randn(2, 3, 7), 0.3)),
+        ],
         "attention_qkvpacked_backward": [("fp32", (o, qkv, o, lse, 0.3))],
         "philox_normal": [("fp32", (*key, 7, 1, torch.float32)), ("bf16", (*key, 8, 4, torch.bfloat16))],
         "philox_uniform": [("fp64", (*key, 7, 1, torch.float64))],
@@ -181,6 +188,7 @@ def test_compiles_without_graph_breaks_and_reuses_a_dynamic_graph(function: Call
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor() -> None:
     """Whose code asserts the sizes and strides that the fakes promised; one graph, for it takes seconds."""
     torch._dynamo.reset()

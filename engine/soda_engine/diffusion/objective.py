@@ -73,8 +73,11 @@ def draw_step_index(
 
 def dropout_keys(*, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor) -> Tensor:
     """Mix (seed, sample id, step) into [N] int64 keys, one a sample; the products wrap modulo 2^64."""
-    parts = (torch.as_tensor(value, device=sample_ids.device) for value in (seed, sample_ids, step))
-    return sum((part * factor for part, factor in zip(parts, _KEY_FACTORS, strict=True)), torch.zeros_like(sample_ids))
+    keys = torch.zeros_like(sample_ids)
+    for value, factor in zip((seed, sample_ids, step), _KEY_FACTORS, strict=True):
+        # A product of Python ints does not wrap by itself: bring it into the range of an int64.
+        keys = keys + (value * factor if isinstance(value, Tensor) else (value * factor + 2**63) % 2**64 - 2**63)
+    return keys
 
 
 def loss_weights(schedule: NoiseSchedule, name: str, target: str) -> Tensor | None:

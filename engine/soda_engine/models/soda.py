@@ -171,6 +171,8 @@ class Soda(
         shape = (self.config.denoiser.in_channels, *(self.config.denoiser.image_size,) * 2)
         z = z.to(self.device)
         ids = torch.as_tensor(range(len(z)) if sample_ids is None else sample_ids, dtype=torch.int64).to(self.device)
+        if ids.shape != (len(z),):
+            raise ValueError(f"sample_ids has shape {tuple(ids.shape)}; there are {len(z)} rows of z")
         if x_T is None:
             # Steps of the sampler's stream are step indices; num_steps of the schedule is none of them.
             first = self.config.diffusion.num_steps
@@ -248,7 +250,11 @@ def load_weights(path: Path, cls: type[Soda] = Soda) -> Soda:
         raise ValueError(f"{path} is damaged: {error}") from error
     if "soda_config" not in metadata:
         raise ValueError(f"{path} has no soda_config in its metadata; it is not a SODA model of this engine")
-    model = cls(from_dict(SodaConfig, json.loads(metadata["soda_config"])))
+    try:
+        config = from_dict(SodaConfig, json.loads(metadata["soda_config"]))
+    except ValueError as error:
+        raise ValueError(f"{path} holds a config that this engine cannot read: {error}") from error
+    model = cls(config)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

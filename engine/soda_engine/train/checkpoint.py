@@ -140,7 +140,7 @@ def load(path: str | Path, *, ema: bool = True, device: str = "cpu") -> Soda:
                 return Soda.from_pretrained(str(path), map_location=device)
             except OSError as error:
                 reason = str(error).splitlines()[0]
-                raise FileNotFoundError(f"no model at {path}, neither a folder here nor on the hub: {reason}") from error
+                raise FileNotFoundError(f"no model at {path}, here or on the hub: {reason}") from error
         raise FileNotFoundError(f"no model at {path}: it is no folder")
     checkpoints = list_checkpoints(folder)
     for checkpoint in reversed(checkpoints):

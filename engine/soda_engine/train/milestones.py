@@ -31,10 +31,9 @@ def draw_reconstructions(model: Soda, dataset: ImageDataset, path: Path, *, imag
 def probe_latents(model: Soda, train_set: ImageDataset, test_set: ImageDataset) -> dict[str, float]:
     """Return the logistic and the k-NN probe's accuracy on z, from at most 10,000 images of each set.
 
-    A set without labels has no probe: the result is then empty.
+    Raises:
+        ValueError: the sets cannot be probed: without labels, for example, or with too few images.
     """
-    if train_set.labels() is None or test_set.labels() is None:
-        return {}
     train, test = (encode_dataset(model, _thin(dataset)) for dataset in (train_set, test_set))
     return {"linear_probe": logistic_probe(train, test).accuracy, "knn": knn_probe(train, test).accuracy}
 

@@ -208,9 +208,18 @@ class Trainer:
             draw_reconstructions(self.ema.model, self._test_set(), path, images_seen=progress.images)
             log.write("samples", progress.images, {"path": str(path.relative_to(self.run))})
         if self.processes.is_main and self._passed(before, cadence.probe_images):
+            self._probe(log)
+
+    def _probe(self, log: RunLog) -> None:
+        """Probe the average's z and log the accuracies; data that cannot be probed do not end a run."""
+        images = self.progress.images
+        try:
             accuracies = probe_latents(self.ema.model, self.train_set, self._test_set())
-            log.write("probe", progress.images, accuracies)
-            log.say(f"probe at {progress.images:,} images: " + ", ".join(f"{k} {v:.4f}" for k, v in accuracies.items()))
+        except ValueError as error:
+            log.say(f"no probe at {images:,} images: {error}")
+            return
+        log.write("probe", images, accuracies)
+        log.say(f"probe at {images:,} images: " + ", ".join(f"{k} {v:.4f}" for k, v in accuracies.items()))
 
     def _passed(self, before: int, every: int) -> bool:
         """Tell whether the last step passed a multiple of `every` images; never for 0."""

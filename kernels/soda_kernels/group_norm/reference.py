@@ -98,9 +98,10 @@ def backward(
     elements = max(1, full[:1].numel() // num_groups)
     c1, c2 = (_group_sum(scale * sums, num_groups) / elements for sums in (dshift, dscale))
     dx = torch.addcmul(_per_channel(_spread(-c1 * rstd, full), full), dp, _per_channel(scale * rstd_c, full))
-    dx = dx.addcmul_(centered, _per_channel(_spread(-c2 * rstd.square(), full), full)).to(x.dtype)
+    dx = dx.addcmul_(centered, _per_channel(_spread(-c2 * rstd.square(), full), full))
     if dsummed is not None:
-        dx = dx + dsummed
+        dx = dx.add_(dsummed)
+    dx = dx.to(x.dtype)
     dx, dskip = (dx, dx.new_empty(0)) if skip is None else (dx[:, :channels], dx[:, channels:])
     if skip is not None:
         dskip = dskip.contiguous(memory_format=layout).clone(memory_format=torch.preserve_format)
