@@ -47,7 +47,7 @@ def _run(arguments: list[str] | None) -> int:
         return _missing(error)
     except BrokenPipeError:
         raise
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return _fail(f"soda-engine: {error}", 2)
     except TrainingStopped as error:
         return _fail(f"soda-engine: {error}", 1)

@@ -53,7 +53,7 @@ def _subcommand(name: str, command: type) -> Any:
     return Annotated[command, tyro.conf.subcommand(name=name)]
 
 
-_BY_NAME: dict[str, type] = {
+COMMANDS_BY_NAME: dict[str, type] = {
     "train": Train,
     "sample": Sample,
     "reconstruct": Reconstruct,
@@ -65,4 +65,4 @@ _BY_NAME: dict[str, type] = {
     "info": Info,
     "demo": Demo,
 }
-COMMANDS: Any = Union[tuple(_subcommand(name, command) for name, command in _BY_NAME.items())]  # noqa: UP007
+COMMANDS: Any = Union[tuple(_subcommand(name, command) for name, command in COMMANDS_BY_NAME.items())]  # noqa: UP007

@@ -12,15 +12,17 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 from soda_engine import pictures_of_z
 from soda_engine.config import DatasetConfig, TrainConfig, from_dict
 from soda_engine.data.datasets import ImageDataset, open_dataset
 from soda_engine.data.decoding import decode_image
+from soda_engine.environment import environment
 from soda_engine.evaluation.features import Features, check_features_path, encode_dataset, pixel_features, save_features
 from soda_engine.evaluation.probes import format_table, knn_probe, linear_probe, logistic_probe
 from soda_engine.models.soda import Soda
-from soda_engine.train.checkpoint import load
+from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.distributed import resolve_device
 from soda_engine.train.trainer import CONFIG_NAME
 
@@ -134,7 +136,7 @@ class Sample(_PictureCommand):
 
     mode: Literal["gaussian", "variations", "unguided"] = "gaussian"
     """gaussian: z drawn from a Gaussian fitted to z of the training set (SODA itself has no prior); variations: z of
-    --images or of test images; unguided: no z at all."""
+    given images or of test images; unguided: no z at all."""
     num: int = 64
     """Images, or variations of each image."""
 
@@ -178,6 +180,7 @@ class Encode(_ModelCommand):
     splits: tuple[Literal["train", "test"], ...] = ("train", "test")
     """Parts of the data set; one file each."""
     format: Literal["npz", "safetensors"] = "npz"
+    """Kind of file; both open without unpickling."""
     batch_size: int = 256
     """Images encoded at a time."""
     workers: int = 0
@@ -221,15 +224,18 @@ class Probe(_ModelCommand):
             features["pixels"] = [pixel_features(part, batch_size=self.batch_size) for part in parts]
         results: dict[str, dict[str, float]] = {"linear_probe": {}, "linear_sweep": {}, "knn": {}}
         details: dict[str, Any] = {}
-        for name, (train, test) in features.items():
+        for name, (train, test) in (bar := tqdm(features.items(), desc="probe")):
+            bar.set_postfix_str(name)
             logistic, knn = logistic_probe(train, test), knn_probe(train, test, k=self.k)
-            swept = linear_probe(train, test)
+            swept = linear_probe(train, test, device=model.device, progress=True)
             results["linear_probe"][name], results["linear_sweep"][name] = logistic.accuracy, swept.accuracy
             results["knn"][name] = knn.accuracy
             details[name] = {
                 "inverse_penalty": logistic.inverse_penalty, "converged": logistic.converged, "lr": swept.lr
             }  # fmt: skip
-        _write_json(folder / "probe.json", {**results, "chosen": details})
+        seen = [int(checkpoint.name) for checkpoint in list_checkpoints(Path(self.run))]
+        about = {"images_seen": seen[-1] if seen else None, "env": environment(model.device)}
+        _write_json(folder / "probe.json", {**results, "chosen": details, **about})
         print(f"\n{format_table(results)}\n")
         print("linear_probe: logistic regression; linear_sweep: batch norm and a linear layer, learning rate chosen on")
         print(f"held-out train images; knn: cosine, k = {self.k}\n{folder / 'probe.json'}")
@@ -245,11 +251,13 @@ class Interpolate(_PictureCommand):
     """Turn at constant speed along the great circle instead of going straight."""
 
     def __call__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}; it must be at least 2, for both ends")
         model, path = self.load(), self.folder() / "interpolation.png"
         images_a, images_b = self.pairs(model, 5)
         pictures_of_z.draw_interpolations(
-            model, images_a, images_b, path, num_steps=self.steps, method="spherical" if self.spherical else "linear",
-            **self.sampling.as_arguments(), progress=True,
+            model, images_a, images_b, path, walk_length=self.steps,
+            interpolation="spherical" if self.spherical else "linear", **self.sampling.as_arguments(), progress=True,
         )  # fmt: skip
         print(path)
 

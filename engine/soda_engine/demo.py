@@ -13,6 +13,7 @@ import torch
 
 from soda_engine import pictures_of_z
 from soda_engine.data.datasets import open_dataset
+from soda_engine.environment import environment
 from soda_engine.evaluation.features import encode_dataset, pixel_features
 from soda_engine.evaluation.pictures import curves
 from soda_engine.evaluation.probes import compare_probes, format_table
@@ -80,10 +81,11 @@ class Demo:
             curves(out / METRICS_NAME, out / "curves.png"),
         ]
         seconds = progress.seconds + time.monotonic() - start
-        metrics = {**accuracies, "images_per_second": progress.images / progress.seconds, "seconds": seconds}
+        rate = progress.images / progress.seconds
+        metrics = {**accuracies, "images_per_second": rate, "seconds": seconds, "env": environment(model.device)}
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"\nAccuracy on {len(test_set)} held-out digits; pretrained on the other {len(train_set)}, unlabelled\n")
         print(format_table(accuracies))
         print(f"\n{progress.images:,} images in {progress.seconds:.0f} s of training "
-              f"({metrics['images_per_second']:.0f} images/s), {seconds:.0f} s in all")  # fmt: skip
+              f"({rate:.0f} images/s), {seconds:.0f} s in all")  # fmt: skip
         print("\n".join(["", "Pictures and numbers:", *(f"  {path}" for path in written), f"  {out / 'metrics.json'}"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -28,12 +29,19 @@ class Info:
     """A preset, a run's folder, a saved model's folder, or a name on the Hugging Face hub."""
     batch_size: int = 1
     """Images that FLOPs and memory are counted for."""
+    out: Annotated[str | None, tyro.conf.DisallowNone] = None
+    """Folder for info.txt, the same text; not written if not given."""
     device: str = "auto"
     """The device whose kernels are named: auto, cpu, cuda."""
 
     def __call__(self) -> None:
         config = PRESETS[self.model].model if self.model in PRESETS else load(self.model).config
-        print(describe_model(config, self.batch_size, resolve_device(self.device)))
+        text = describe_model(config, self.batch_size, resolve_device(self.device))
+        print(text)
+        if self.out is not None:
+            folder = Path(self.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "info.txt").write_text(text + "\n")
 
 
 def describe(config: TrainConfig) -> str:

@@ -41,14 +41,20 @@ def draw_reconstructions(model: Soda, images: Tensor, path: Path, **sampling: An
 
 
 def draw_interpolations(
-    model: Soda, images_a: Tensor, images_b: Tensor, path: Path, *, num_steps: int = 9, method: Any = "linear",
+    model: Soda, images_a: Tensor, images_b: Tensor, path: Path, *, walk_length: int = 9, interpolation: Any = "linear",
     **sampling: Any,
 ) -> Path:  # fmt: skip
-    """Draw a row for each pair of images: the walk from one z to the other, every image from the same noise."""
-    walks = interpolate(model.encode(images_a), model.encode(images_b), num_steps, method=method)
+    """Draw a row for each pair of images: the walk from one z to the other, every image from the same noise.
+
+    Args:
+        model: the model. images_a, images_b: [N, C, H, W] uint8 or floats in [-1, 1]. path: the PNG.
+        walk_length: images a walk, both ends included. interpolation: "linear" or "spherical".
+        sampling: options of `Soda.sample`.
+    """
+    walks = interpolate(model.encode(images_a), model.encode(images_b), walk_length, method=interpolation)
     images = _sample_rows(model, walks, **sampling)
     rows = torch.cat((_shown(model, images_a)[:, None], images, _shown(model, images_b)[:, None]), dim=1)
-    labels = ["image", *(f"{step / (num_steps - 1):.2g}" for step in range(num_steps)), "image"]
+    labels = ["image", *(f"{step / (walk_length - 1):.2g}" for step in range(walk_length)), "image"]
     return labelled_rows([("", row) for row in rows], path, column_labels=labels)
 
 

@@ -1,7 +1,7 @@
 """Presets: complete settings as Python values.
 
-Sources, by the labels of the project's notes on the paper (arXiv 2311.17901): [A] the authors' words, [B] readers of the
-paper, [O] ours, where the paper's value could not be read.
+Sources, labelled as in the project's notes on the paper (arXiv 2311.17901): [A] the authors' own words, [B] readers of
+the paper, [O] ours, where the paper's value could not be read.
 
 | field | digits | cifar10 | imagenet64 | imagenet128 | source |
 |---|---|---|---|---|---|

@@ -130,7 +130,7 @@ def test_gradients_reach_every_part_once_awake() -> None:
     model = tiny_soda()
     source, target_view, ids = views(8)
     denoising_losses(model, source, target_view, sample_ids=ids, **KEY).mean().backward()
-    silent = [name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()]
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
     asleep = tiny_soda(random=False)
     denoising_losses(asleep, source, target_view, sample_ids=ids, **KEY).mean().backward()

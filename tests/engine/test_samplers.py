@@ -55,7 +55,9 @@ class Gaussian:
         return MEAN + STDDEV * (x_T - alpha * MEAN) / (alpha**2 * STDDEV**2 + sigma**2).sqrt()
 
 
-def run(num_steps: int, method: str = "ddim", *, target: str = "eps", **options: Any) -> tuple[Tensor, Tensor, Gaussian]:
+def run(
+    num_steps: int, method: str = "ddim", *, target: str = "eps", **options: Any
+) -> tuple[Tensor, Tensor, Gaussian]:
     denoise = Gaussian(target)
     x_T = torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     arguments: dict[str, Any] = {"clip_x0": None, "sample_ids": torch.arange(8), **options}

@@ -106,7 +106,7 @@ def load_checkpoint(folder: Path, model: Soda, ema: Soda, optimizer: torch.optim
             state_of = {key: moments[f"{key}/{name}"] for key in _MOMENTS}
             # In the parameter's own layout, as AdamW made them.
             optimizer.state[parameter] = {
-                "step": moments[f"step/{name}"],
+                "step": moments[f"step/{name}"].to(parameter.device),
                 **{key: torch.empty_like(parameter).copy_(value) for key, value in state_of.items()},
             }
         return Progress(**{field.name: state[field.name] for field in fields(Progress)})

@@ -22,7 +22,7 @@ def build_optimizer(model: Soda, config: OptimConfig) -> torch.optim.AdamW:
         for parameters, decay in ((decayed, config.weight_decay), (plain, 0.0)):
             base_lr = config.lr * multiplier
             groups.append({"params": parameters, "weight_decay": decay, "lr": base_lr, "base_lr": base_lr})
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=config.betas)
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=config.betas, fused=True)
 
 
 def split_by_decay(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
