@@ -17,7 +17,7 @@ EXTRAS = {
     "engine": [
         "datasets>=3.0",
         "huggingface_hub>=0.25",
-        "kornia>=0.7.3",
+        "kornia>=0.9",
         "matplotlib>=3.8",
         "pillow>=10.0",
         "pyarrow>=15.0",

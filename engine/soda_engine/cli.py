@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     try:
+        import torch
         import tyro
 
         from soda_engine.command_line import COMMANDS, DESCRIPTION
@@ -49,6 +50,8 @@ def _run(arguments: list[str] | None) -> int:
         raise
     except (ValueError, OSError) as error:
         return _fail(f"soda-engine: {error}", 2)
+    except torch.OutOfMemoryError as error:
+        return _fail(f"soda-engine: {error} Lower the batch size, or raise --accumulate.", 1)
     except TrainingStopped as error:
         return _fail(f"soda-engine: {error}", 1)
     except KeyboardInterrupt:

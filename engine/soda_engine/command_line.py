@@ -12,6 +12,7 @@ from soda_engine.config import TrainConfig
 from soda_engine.demo import Demo
 from soda_engine.info import Info, describe
 from soda_engine.presets import PRESETS
+from soda_engine.train import distributed
 from soda_engine.train.trainer import Trainer
 
 DESCRIPTION = "Pretrain SODA models, and use them: sample, reconstruct, encode, probe, edit."
@@ -46,7 +47,10 @@ class Train:
         if config.dry_run:
             print(describe(config))
             return
-        Trainer(config).train()
+        try:
+            Trainer(config).train()
+        finally:
+            distributed.stop()
 
 
 def _subcommand(name: str, command: type) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,9 +21,10 @@ from soda_engine.environment import environment
 from soda_engine.evaluation.features import Features, check_features_path, encode_dataset, pixel_features, save_features
 from soda_engine.evaluation.probes import format_table, knn_probe, linear_probe, logistic_probe
 from soda_engine.models.soda import Soda
+from soda_engine.records import write_json
 from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.distributed import resolve_device
-from soda_engine.train.trainer import CONFIG_NAME
+from soda_engine.train.settings import CONFIG_NAME
 
 Run = Annotated[str, tyro.conf.Positional]
 OptionalText = Annotated[str | None, tyro.conf.DisallowNone]  # else --help offers the word None as a value
@@ -169,7 +169,7 @@ class Reconstruct(_PictureCommand):
         images = self.pictures(model, self.num)
         drawn = pictures_of_z.draw_reconstructions(model, images, folder / "reconstructions.png", **options)
         scores = {"psnr": drawn.scores.mean_psnr, "ssim": drawn.scores.mean_ssim, "images": len(images)}
-        _write_json(folder / "reconstructions.json", scores)
+        write_json(folder / "reconstructions.json", scores)
         print(f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(images)} images\n{drawn.path}")
 
 
@@ -235,7 +235,7 @@ class Probe(_ModelCommand):
             }  # fmt: skip
         seen = [int(checkpoint.name) for checkpoint in list_checkpoints(Path(self.run))]
         about = {"images_seen": seen[-1] if seen else None, "env": environment(model.device)}
-        _write_json(folder / "probe.json", {**results, "chosen": details, **about})
+        write_json(folder / "probe.json", {**results, "chosen": details, **about})
         print(f"\n{format_table(results)}\n")
         print("linear_probe: logistic regression; linear_sweep: batch norm and a linear layer, learning rate chosen on")
         print(f"held-out train images; knn: cosine, k = {self.k}\n{folder / 'probe.json'}")
@@ -313,8 +313,3 @@ def _report_skipped(*features: Features) -> None:
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         print(f"skipped {len(names)} images that cannot be read: {shown}")
-
-
-def _write_json(path: Path, values: dict[str, Any] | Sequence[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -113,7 +113,7 @@ class DatasetConfig:
     train_split: str = "train"
     """Split to pretrain on."""
     test_split: str | None = None
-    """None: test if there is one, else validation, else val, else a seeded tenth held out from train."""
+    """None: the first of test, validation and val, one with labels if any; else a seeded tenth held out from train."""
     image_size: int = 32
     """Side in pixels at which images are stored for a batch: shorter side resized, then centre-cropped."""
     channels: Literal[1, 3] = 3
@@ -211,6 +211,9 @@ class TrainConfig:
     """Key of every random draw: weights, order, views, noise, masks, dropout."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu, cuda."""
+    threads: int | None = None
+    """PyTorch's threads on a CPU; one a core if not given. A model of small tensors gains little from a second, and
+    loses much of it where another program takes that core."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on a GPU, fp32 on a CPU."""
     channels_last: bool = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from soda_engine.evaluation.features import encode_dataset, pixel_features
 from soda_engine.evaluation.pictures import curves
 from soda_engine.evaluation.probes import compare_probes, format_table
 from soda_engine.presets import PRESETS
-from soda_engine.train.checkpoint import load
+from soda_engine.records import write_json
+from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.logging import METRICS_NAME
+from soda_engine.train.settings import OtherRunError
 from soda_engine.train.trainer import Trainer
 
 
@@ -43,13 +44,16 @@ class Demo:
     def __call__(self) -> None:
         out = Path(self.out)
         if self.fresh and out.exists():
-            if not (out / "config.json").exists():
+            if not list_checkpoints(out):
                 raise ValueError(f"{out} holds no run, so --fresh does not delete it; give another --out")
             shutil.rmtree(out)
         config = dataclasses.replace(
             PRESETS["digits"], out=self.out, total_images=self.images, device=self.device
         )
-        trainer = Trainer(config)
+        try:
+            trainer = Trainer(config)
+        except OtherRunError as error:
+            raise ValueError(f"{error}; or train again with --fresh") from error
         progress = trainer.train()
         if progress.images < config.total_images:
             return
@@ -83,7 +87,7 @@ class Demo:
         seconds = progress.seconds + time.monotonic() - start
         rate = progress.images / progress.seconds
         metrics = {**accuracies, "images_per_second": rate, "seconds": seconds, "env": environment(model.device)}
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(out / "metrics.json", metrics)
         print(f"\nAccuracy on {len(test_set)} held-out digits; pretrained on the other {len(train_set)}, unlabelled\n")
         print(format_table(accuracies))
         print(f"\n{progress.images:,} images in {progress.seconds:.0f} s of training "

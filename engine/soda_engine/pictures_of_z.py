@@ -28,15 +28,17 @@ class DrawnReconstruction:
     scores: ReconstructionScores
 
 
-def draw_reconstructions(model: Soda, images: Tensor, path: Path, **sampling: Any) -> DrawnReconstruction:
+def draw_reconstructions(
+    model: Soda, images: Tensor, path: Path, *, title: str | None = None, **sampling: Any
+) -> DrawnReconstruction:
     """Draw images above what the model makes of their z alone.
 
     Args:
-        model: the model. images: [N, C, H, W] uint8 or floats in [-1, 1]. path: the PNG.
+        model: the model. images: [N, C, H, W] uint8 or floats in [-1, 1]. path: the PNG. title: a line above.
         sampling: options of `Soda.sample`.
     """
     result = reconstruct(model, images, **sampling)
-    labelled_rows([("image", result.target), ("from z", result.reconstruction)], path)
+    labelled_rows([("image", result.target), ("from z", result.reconstruction)], path, title=title)
     return DrawnReconstruction(path=path, scores=score(result.target, result.reconstruction))
 
 

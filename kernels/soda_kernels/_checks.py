@@ -72,7 +72,8 @@ def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor
     if isinstance(value, bool) or not isinstance(value, int | Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be an int or a 0-d integer tensor")
     if isinstance(value, int):
-        return torch.tensor((value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+        # A fill, not a copy from the host: no device waits for it.
+        return torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
     if value.ndim != 0:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
     return int64_tensor(name, value, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import random
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from soda_engine.config import CadenceConfig, SodaConfig, from_dict
-from soda_engine.train.checkpoint import Progress, list_checkpoints, load, load_checkpoint, save_checkpoint
+from soda_engine.train.checkpoint import list_checkpoints, load, load_checkpoint
 from soda_engine.train.trainer import Trainer
 from tests.engine.tiny import tiny_run
 
@@ -112,15 +113,10 @@ def test_the_same_images_are_saved_once_and_leftovers_go(tmp_path: Path) -> None
     assert not leftover.exists()
 
 
-def save_without_end(config: Any) -> None:
-    """Write one checkpoint after another, as fast as the disk takes them."""
+def train_without_end(config: Any) -> None:
+    """Train and write a checkpoint after every step."""
     torch.set_num_threads(1)
-    trainer = Trainer(config)
-    for images in range(trainer.progress.images + 16, 10**9, 16):
-        progress = Progress(images=images, step=images // 16)
-        save_checkpoint(
-            trainer.run, trainer.model, trainer.ema.model, trainer.optimizer, progress, keep=1
-        )  # fmt: skip
+    Trainer(dataclasses.replace(config, total_images=10**9)).train()
 
 
 @pytest.mark.slow
@@ -131,7 +127,7 @@ def test_kill_9_at_ten_random_moments_never_loses_the_last_checkpoint(tmp_path: 
     context.set_forkserver_preload(["soda_engine.train.trainer"])
     reached = 48
     for _ in range(10):
-        process = context.Process(target=save_without_end, args=(config,))
+        process = context.Process(target=train_without_end, args=(config,))
         process.start()
         deadline = time.monotonic() + 60
         while int(list_checkpoints(tmp_path)[-1].name) <= reached and time.monotonic() < deadline:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from soda_engine.config import CadenceConfig, TrainConfig
+from soda_engine.data.datasets import TensorDataset
 from soda_engine.data.loaders import Batch
 from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.trainer import Trainer, TrainingStopped
@@ -116,7 +117,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_good_ones_start_the_count_again(
         return losses + float("inf") if trainer.progress.step in bad else losses
 
     monkeypatch.setattr(trainer.model, "forward", sometimes_infinite)
-    with pytest.raises(TrainingStopped, match=r"not finite for 2 steps in a row.*none yet.*--optim.lr"):
+    with pytest.raises(TrainingStopped, match=r"not finite for 2 steps.*saved as .*000000000128: .*--precision fp32"):
         trainer.train()
     assert trainer.progress.step == 8
     assert trainer.progress.skipped_steps == 4
@@ -189,7 +190,7 @@ def test_a_batch_without_a_readable_image_takes_no_step(tmp_path: Path) -> None:
     none = torch.empty(0, dtype=torch.int64)
     trainer.step(Batch(torch.empty(0, 1, 8, 8, dtype=torch.uint8), none, none, none, ["x"] * 16))
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    assert trainer.progress.images == 16
+    assert (trainer.progress.images, trainer.progress.skipped_steps) == (16, 1)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,7 @@ def test_a_batch_without_a_readable_image_takes_no_step(tmp_path: Path) -> None:
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"model": tiny_model(in_channels=3)}, "model.denoiser.in_channels is 3 and dataset.channels 1"),
         ({"data": "no/such/folder"}, "no/such/folder"),
+        ({"threads": 0}, "threads is 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -218,3 +220,42 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was started with optim.lr = 0.002, not 1.0; .*another --out"):
         Trainer(other)
     assert Trainer(dataclasses.replace(config, max_minutes=None)).train().images == 96
+
+
+def test_the_length_of_a_cosine_run_is_part_of_it(tmp_path: Path) -> None:
+    base = tiny_run(tmp_path, max_minutes=0.0)
+    config = dataclasses.replace(base, optim=dataclasses.replace(base.optim, schedule="cosine"))
+    Trainer(config).train()
+    with pytest.raises(ValueError, match="was started with total_images = 96, not 192"):
+        Trainer(dataclasses.replace(config, total_images=192))
+
+
+def test_a_data_set_that_grew_is_not_resumed(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, max_minutes=0.0)
+    Trainer(config).train()
+    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soda_engine.train.trainer.open_dataset", lambda *_, **__: TensorDataset(images))
+        with pytest.raises(ValueError, match="was trained on 1,257 images, and 'digits' holds 20"):
+            Trainer(config)
+
+
+def test_data_without_labels_do_not_end_a_run(tmp_path: Path, capsys: Any) -> None:
+    cadence = CadenceConfig(log_images=16, probe_images=32, sample_images=0, checkpoint_images=0)
+    images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soda_engine.train.trainer.open_dataset", lambda *_, **__: TensorDataset(images))
+        assert Trainer(tiny_run(tmp_path, cadence=cadence)).train().images == 96
+    assert "no picture or probe at 32 images" in capsys.readouterr().err
+
+
+def test_the_log_stays_json_where_a_loss_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(tiny_run(tmp_path))
+    forward = trainer.model.forward
+    monkeypatch.setattr(
+        trainer.model, "forward",
+        lambda *a, **k: forward(*a, **k) * (float("nan") if trainer.progress.step == 1 else 1.0),
+    )  # fmt: skip
+    trainer.train()
+    assert [r["loss"] is None for r in records(tmp_path)] == [False, True, False, False, False, False]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()

@@ -58,14 +58,20 @@ class Batch:
         labels = None if self.labels is None else self.labels.to(device, non_blocking=non_blocking)
         return Batch(images, labels, sample_ids, epochs, self.skipped)
 
-    def split(self, size: int) -> list[Batch]:
-        """Cut the batch into parts of at most `size` images; the first carries the names of the skipped ones."""
+    def split(self, num_parts: int) -> list[Batch]:
+        """Cut the batch into parts of nearly equal size; the first carries the names of the skipped images.
+
+        Raises:
+            ValueError: there are fewer images than parts.
+        """
+        if not 1 <= num_parts <= len(self):
+            raise ValueError(f"num_parts is {num_parts}; it must be from 1 to the {len(self)} images of the batch")
+        ends = [len(self) * index // num_parts for index in range(num_parts + 1)]
         parts = []
-        for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            labels = None if self.labels is None else self.labels[part]
-            skipped = self.skipped if start == 0 else []
-            parts.append(Batch(self.images[part], labels, self.sample_ids[part], self.epochs[part], skipped))
+        for start, end in zip(ends[:-1], ends[1:], strict=True):
+            labels = None if self.labels is None else self.labels[start:end]
+            images, sample_ids, epochs = (x[start:end] for x in (self.images, self.sample_ids, self.epochs))
+            parts.append(Batch(images, labels, sample_ids, epochs, self.skipped if start == 0 else []))
         return parts
 
     def pin_memory(self) -> Batch:

@@ -101,7 +101,8 @@ def open_source(source: str, config: DatasetConfig, split: str, seed: int) -> So
             parts = {name: builder.as_dataset(name) for name, length in lengths.items() if length}
         except Exception as error:  # whatever the reader of the format raises
             raise ValueError(f"data source {source!r} cannot be read: {_line(error)}") from error
-        part_name, rows = _choose_split(source, lengths, config, split, seed)
+        test_split = config.test_split or _default_test_split(source, lengths, parts, config)
+        part_name, rows = _choose_split(source, lengths, config, test_split, split, seed)
         part = parts[part_name]
         column = _image_column(source, part.features, config)
         try:
@@ -163,11 +164,23 @@ def _find(source: str) -> datasets.DatasetBuilder:
         ) from error
 
 
+def _default_test_split(
+    source: str, lengths: Mapping[str, int], parts: Mapping[str, datasets.Dataset], config: DatasetConfig
+) -> str | None:
+    """Return the first of test, validation and val that is there, one with labels if any (ImageNet's test has none)."""
+
+    def labelled(name: str) -> bool:
+        column = _label_column(source, parts[name].features, config) if name in parts else None
+        return column is not None and _labels(source, parts, name, column)[0] is not None
+
+    present = [name for name in _TEST_SPLITS if name in lengths and name != config.train_split]
+    return next(filter(labelled, present), present[0] if present else None)
+
+
 def _choose_split(
-    source: str, lengths: Mapping[str, int], config: DatasetConfig, split: str, seed: int
+    source: str, lengths: Mapping[str, int], config: DatasetConfig, test: str | None, split: str, seed: int
 ) -> tuple[str, np.ndarray]:
     """Return which split of the source to read, and its rows [len] int64."""
-    test = config.test_split or next((s for s in _TEST_SPLITS if s in lengths and s != config.train_split), None)
     name = test if split == "test" and test else config.train_split
     for wanted in dict.fromkeys(filter(None, (name, config.test_split))):
         if wanted not in lengths:

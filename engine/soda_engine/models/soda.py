@@ -122,8 +122,10 @@ class Soda(
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; this model takes (N, {channels}, H, W)")
         size, batches = self.config.encoder.image_size, images.split(batch_size)
+        dtype = next(self.encoder.parameters()).dtype
         with _evaluating(self):
-            codes = [self.encoder(plain_view(batch.to(self.device), size)).float() for batch in batches if len(batch)]
+            views = (plain_view(batch.to(self.device), size).to(dtype) for batch in batches if len(batch))
+            codes = [self.encoder(view).float() for view in views]
         return torch.cat(codes) if codes else torch.empty(0, self.config.latent.dim, device=self.device)
 
     @torch.no_grad()

@@ -46,6 +46,7 @@ class Progress:
     seconds: float = 0.0
     window_loss: float = 0.0
     window_steps: int = 0
+    dataset_images: int = 0
 
 
 def save_checkpoint(
@@ -71,7 +72,9 @@ def save_checkpoint(
     os.replace(unfinished, final)
     _flush(folder)
     for old in list_checkpoints(run)[: -max(1, keep)]:
-        shutil.rmtree(old)
+        doomed = folder / f"{_UNFINISHED}{old.name}"  # a half-deleted one must not look finished
+        os.replace(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     return final
 
 
@@ -110,7 +113,9 @@ def load_checkpoint(folder: Path, model: Soda, ema: Soda, optimizer: torch.optim
                 **{key: torch.empty_like(parameter).copy_(value) for key, value in state_of.items()},
             }
         return Progress(**{field.name: state[field.name] for field in fields(Progress)})
-    except (OSError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (FileNotFoundError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"checkpoint {folder} cannot be loaded: {reason}") from error
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# How long the other processes wait for the main one to draw and probe.
+MILESTONE_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,21 @@ class Processes:
     def is_parallel(self) -> bool:
         return self.world_size > 1
 
-    def any(self, flag: bool) -> bool:
-        """Tell whether the flag is set in any process; every process must call it."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Tell of each flag whether it is set in any process; every process must call it."""
         if not self.is_parallel:
-            return flag
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+            return flags
+        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return tuple(bool(value) for value in values.tolist())
+
+    def gather(self, names: list[str]) -> list[str]:
+        """Concatenate the lists of all processes; every process must call it."""
+        if not self.is_parallel:
+            return names
+        gathered: list[list[str]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(gathered, names)
+        return [name for part in gathered for name in part]
 
     def sum(self, value: Tensor) -> Tensor:
         """Sum a tensor over the processes."""
@@ -64,9 +76,12 @@ def start(device: str) -> Processes:
     chosen = resolve_device(device)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", local_rank if world_size > 1 else chosen.index or 0)
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc-per-node to that")
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=MILESTONE_TIMEOUT)
     return Processes(rank, world_size, chosen)
 
 
@@ -90,6 +105,8 @@ def resolve_device(device: str) -> torch.device:
         raise ValueError(f"device is {device!r}; use auto, cpu or cuda") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but this PyTorch sees no GPU; use --device cpu")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}, but there are {torch.cuda.device_count()} GPUs")
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; use auto, cpu or cuda")
     return chosen
@@ -124,6 +141,7 @@ class _GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.float()  # sums and counts in bf16 would be wrong in the third digit
         moments = torch.stack([x.new_tensor(x.numel() / x.shape[1]).expand(x.shape[1]), x.sum((0, 2, 3))])
         count, total = dist_functional.all_reduce(moments)
         mean = total / count
@@ -132,7 +150,7 @@ class _GlobalBatchNorm2d(nn.BatchNorm2d):
         self._update_statistics(mean.detach(), variance.detach(), count)
         assert self.weight is not None and self.bias is not None
         scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias.view(1, -1, 1, 1), centered, scale.view(1, -1, 1, 1))
+        return torch.addcmul(self.bias.view(1, -1, 1, 1), centered, scale.view(1, -1, 1, 1)).to(dtype)
 
     @torch.no_grad()
     def _update_statistics(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from soda_engine.records import to_json
+
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -46,7 +48,7 @@ class RunLog:
         """Append one record, flushed, with its kind and the images seen."""
         if not self._enabled:
             return
-        self._file.write(json.dumps({"kind": kind, "images": images, **record}) + "\n")
+        self._file.write(to_json({"kind": kind, "images": images, **record}) + "\n")
         self._file.flush()
         if self._writer is not None:
             for name, value in record.items():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soda_engine.config import TrainConfig, to_dict
+from soda_engine.config import TrainConfig
 from soda_engine.data.datasets import ImageDataset, open_dataset
 from soda_engine.data.loaders import Batch, train_loader
 from soda_engine.data.views import make_view
@@ -33,17 +31,10 @@ from soda_engine.train.checkpoint import (
 )
 from soda_engine.train.ema import Ema
 from soda_engine.train.logging import RunLog
-from soda_engine.train.milestones import draw_reconstructions, probe_latents
+from soda_engine.train.milestones import draw_first_images, probe_latents
 from soda_engine.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from soda_engine.train.settings import OtherRunError, check_same_run, check_settings, save_settings
 from soda_kernels import use_backend
-
-CONFIG_NAME = "config.json"
-
-# What may differ between a run and its resumption: none of it changes what is learned from the same images.
-_FREE_FIELDS = {
-    "out", "total_images", "max_minutes", "device", "precision", "channels_last", "kernels", "max_bad_steps",
-    "tensorboard", "dry_run", "cadence", "dataset.workers",
-}  # fmt: skip
 
 
 class TrainingStopped(RuntimeError):
@@ -66,8 +57,14 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.run = config, Path(config.out)
         self.processes = processes = distributed.start(config.device)
+        check_settings(config, processes.world_size)
+        check_same_run(self.run, config)
         self.train_set = open_dataset(config.data, config.dataset, "train", seed=config.seed)
-        _check(config, processes.world_size)
+        self.test_set: ImageDataset | None = None
+        if config.cadence.sample_images or config.cadence.probe_images:
+            self.test_set = open_dataset(config.data, config.dataset, "test", seed=config.seed)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = Soda(config.model).to(device=processes.device)
@@ -78,6 +75,8 @@ class Trainer:
         self.progress = self._resume()
         self.parallel = distributed.parallelize(self.model, processes)
         self.layout = layout
+        # Shapes never change in training, so cuDNN may time its algorithms once.
+        torch.backends.cudnn.benchmark = processes.device.type == "cuda"
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and processes.device.type == "cuda")
         self._bad_steps_in_a_row = 0
 
@@ -92,8 +91,9 @@ class Trainer:
             self.run, images=progress.images, total_images=config.total_images, tensorboard=config.tensorboard,
             enabled=self.processes.is_main,
         )  # fmt: skip
-        start, window_start, window_images = time.monotonic(), time.monotonic(), progress.images
-        with _interruption() as interrupted, use_backend(config.kernels), contextlib.closing(log):
+        start, window = time.monotonic(), (progress.images, progress.seconds)
+        interrupted = out_of_time = False
+        with _interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
             if progress.images:
                 log.say(f"resuming {self.run} at {progress.images:,} images")
             batches = self._batches()
@@ -103,17 +103,18 @@ class Trainer:
                 progress.seconds += time.monotonic() - tick
                 log.advance(config.batch_size, loss=f"{metrics['loss']:.4f}")
                 if self._passed(before, config.cadence.log_images):
-                    elapsed, window_start = time.monotonic() - window_start, time.monotonic()
-                    rate = (progress.images - window_images) / elapsed
-                    window_images = progress.images
+                    rate = (progress.images - window[0]) / (progress.seconds - window[1])
+                    window = progress.images, progress.seconds
                     log.write("train", progress.images, self._window() | metrics | {"images_per_second": rate})
-                self._milestones(before, log)
                 minutes = (time.monotonic() - start) / 60
-                out_of_time = config.max_minutes is not None and minutes >= config.max_minutes
-                if self.processes.any(interrupted.is_set() or out_of_time):
+                interrupted, out_of_time = self.processes.any(
+                    interruption.is_set(), config.max_minutes is not None and minutes >= config.max_minutes
+                )
+                if interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
                     break
+                self._milestones(before, log)
             saved = self.save()
-            why = "interrupted" if interrupted.is_set() else "stopped"
+            why = "interrupted" if interrupted else "stopped"
             if progress.images < config.total_images:
                 log.say(f"{why} at {progress.images:,} images, saved as {saved}; the same command goes on from there")
         return progress
@@ -128,24 +129,27 @@ class Trainer:
             TrainingStopped: `max_bad_steps` steps in a row were not finite.
         """
         config, progress, model = self.config, self.progress, self.model
-        self._count_skipped(batch, log)
-        if self.processes.any(len(batch) == 0):  # every image unreadable: no process can take the step
+        too_small, skipping = self.processes.any(len(batch) < config.accumulate, bool(batch.skipped))
+        num_skipped = self._count_skipped(batch, log) if skipping else 0
+        if too_small:  # nearly every image of a process unreadable: none can take the step
             progress.images, progress.step = progress.images + config.batch_size, progress.step + 1
-            return {"loss": float("nan")}
+            progress.skipped_steps += 1
+            return {"loss": math.nan}
         factor = learning_rate_factor(progress.images + config.batch_size, config.total_images, config.optim)
         set_learning_rate(self.optimizer, factor)
         statistics = [buffer.clone() for buffer in model.buffers()]
-        loss = self._backward(batch)
+        loss = self._backward(batch, config.batch_size - num_skipped)
         encoder_norm, denoiser_norm = (
             torch.nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None])
             for part in (model.encoder, model.denoiser)
         )
         total_norm = torch.hypot(encoder_norm, denoiser_norm)
+        loss_value, encoder_value, denoiser_value = torch.stack((loss, encoder_norm, denoiser_norm)).tolist()
         metrics = {
-            "loss": float(loss), "lr": config.optim.lr * factor, "grad_norm_encoder": float(encoder_norm),
-            "grad_norm_denoiser": float(denoiser_norm),
+            "loss": loss_value, "lr": config.optim.lr * factor, "grad_norm_encoder": encoder_value,
+            "grad_norm_denoiser": denoiser_value,
         }  # fmt: skip
-        finite = math.isfinite(metrics["loss"]) and bool(torch.isfinite(total_norm))
+        finite = all(math.isfinite(value) for value in (loss_value, encoder_value, denoiser_value))
         if finite:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.grad_clip, total_norm)
             self.optimizer.step()
@@ -171,12 +175,13 @@ class Trainer:
         self.processes.barrier()
         return path
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Accumulate the gradients of the global batch's mean loss, and return that loss."""
+    def _backward(self, batch: Batch, num_images: int) -> Tensor:
+        """Accumulate the gradients of the mean loss over the global batch's `num_images`, and return that loss."""
         config, device = self.config, self.processes.device
-        share = config.batch_size // self.processes.world_size
+        # Data parallelism averages gradients over the processes, so each scales its sum by their number.
+        scale = self.processes.world_size / num_images
         total = torch.zeros((), device=device)
-        parts = batch.split(math.ceil(share / config.accumulate))
+        parts = batch.split(config.accumulate)
         for index, part in enumerate(parts):
             part = part.to(device)
             source, target = self._views(part)
@@ -185,7 +190,7 @@ class Trainer:
                     losses = self.parallel(
                         source, target, seed=config.seed, sample_ids=part.sample_ids, step=self.progress.step
                     )
-                loss = losses.sum() / share
+                loss = losses.sum() * scale
                 loss.backward()
             total += loss.detach()
         return self.processes.sum(total) / self.processes.world_size
@@ -203,36 +208,34 @@ class Trainer:
         cadence, progress = self.config.cadence, self.progress
         if self._passed(before, cadence.checkpoint_images):
             self.save()
-        if self.processes.is_main and self._passed(before, cadence.sample_images):
-            path = self.run / "samples" / f"{progress.images:012d}.png"
-            draw_reconstructions(self.ema.model, self._test_set(), path, images_seen=progress.images)
-            log.write("samples", progress.images, {"path": str(path.relative_to(self.run))})
-        if self.processes.is_main and self._passed(before, cadence.probe_images):
-            self._probe(log)
-
-    def _probe(self, log: RunLog) -> None:
-        """Probe the average's z and log the accuracies; data that cannot be probed do not end a run."""
-        images = self.progress.images
-        try:
-            accuracies = probe_latents(self.ema.model, self.train_set, self._test_set())
-        except ValueError as error:
-            log.say(f"no probe at {images:,} images: {error}")
+        if not self.processes.is_main or self.test_set is None:
             return
-        log.write("probe", images, accuracies)
-        log.say(f"probe at {images:,} images: " + ", ".join(f"{k} {v:.4f}" for k, v in accuracies.items()))
+        images = progress.images
+        try:
+            if self._passed(before, cadence.sample_images):
+                path = self.run / "samples" / f"{images:012d}.png"
+                draw_first_images(self.ema.model, self.test_set, path, images_seen=images)
+                log.write("samples", images, {"path": str(path.relative_to(self.run))})
+            if self._passed(before, cadence.probe_images):
+                accuracies = probe_latents(self.ema.model, self.train_set, self.test_set)
+                log.write("probe", images, accuracies)
+                log.say(f"probe at {images:,} images: " + ", ".join(f"{k} {v:.4f}" for k, v in accuracies.items()))
+        except (ValueError, OSError) as error:  # data without labels, a full disk: no reason to end a run
+            log.say(f"no picture or probe at {images:,} images: {error}")
 
     def _passed(self, before: int, every: int) -> bool:
         """Tell whether the last step passed a multiple of `every` images; never for 0."""
         return every > 0 and self.progress.images // every > before // every
 
     def _window(self) -> dict[str, Any]:
-        """Return the mean loss since the last log line and the running counts, and start a new window."""
-        progress = self.progress
+        """Return the mean loss since the last log line, the running counts and the peak memory; start a new window."""
+        progress, device = self.progress, self.processes.device
+        memory = {"peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20} if device.type == "cuda" else {}
         mean = progress.window_loss / progress.window_steps if progress.window_steps else float("nan")
         progress.window_loss, progress.window_steps = 0.0, 0
         return {
             "step": progress.step, "window_loss": mean, "seconds": progress.seconds,
-            "skipped_steps": progress.skipped_steps, "skipped_images": progress.skipped_images,
+            "skipped_steps": progress.skipped_steps, "skipped_images": progress.skipped_images, **memory,
         }  # fmt: skip
 
     def _batches(self) -> Iterator[Batch]:
@@ -245,15 +248,15 @@ class Trainer:
             )  # fmt: skip
         )
 
-    def _test_set(self) -> ImageDataset:
-        return open_dataset(self.config.data, self.config.dataset, "test", seed=self.config.seed)
-
-    def _count_skipped(self, batch: Batch, log: RunLog | None) -> None:
-        self.progress.skipped_images += len(batch.skipped)
+    def _count_skipped(self, batch: Batch, log: RunLog | None) -> int:
+        """Count and name the unreadable images of the global batch; every process must call it."""
+        names = self.processes.gather(batch.skipped)
+        self.progress.skipped_images += len(names)
         if log is not None:
-            for name in batch.skipped:
+            for name in names:
                 log.say(f"skipped an unreadable image: {name}")
                 log.write("skipped_image", self.progress.images, {"name": name})
+        return len(names)
 
     def _count_bad(self, finite: bool, metrics: dict[str, float], log: RunLog | None) -> None:
         """Count a step that was not finite, and stop after too many in a row."""
@@ -267,71 +270,39 @@ class Trainer:
             log.say(f"step {progress.step} skipped: loss {metrics['loss']}, gradient norms "
                     f"{metrics['grad_norm_encoder']} and {metrics['grad_norm_denoiser']}")  # fmt: skip
         if self._bad_steps_in_a_row >= self.config.max_bad_steps:
-            saved = list_checkpoints(self.run)
             raise TrainingStopped(
                 f"the loss was not finite for {self._bad_steps_in_a_row} steps in a row, the last at "
-                f"{progress.images:,} images; the last good checkpoint is "
-                f"{saved[-1] if saved else 'none yet'}: lower --optim.lr or use --precision fp32"
+                f"{progress.images:,} images; the weights before them are saved as {self.save()}: "
+                "try --precision fp32, or a lower --optim.lr with another --out"
             )
 
     def _resume(self) -> Progress:
-        """Load the newest checkpoint that can be loaded, or write the settings of a new run."""
-        path, settings = self.run / CONFIG_NAME, to_dict(self.config)
+        """Load the newest checkpoint that every process can load, or start anew; write the settings."""
         checkpoints = list_checkpoints(self.run)
-        if path.exists():
-            _check_same_run(json.loads(path.read_text()), settings, self.run)
-        if self.processes.is_main:
-            self.run.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(self.run)
-            unfinished = path.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(unfinished, path)
         self.processes.barrier()
+        if self.processes.is_main:
+            save_settings(self.run, self.config)
+            remove_unfinished(self.run)
         for folder in reversed(checkpoints):
+            progress, problem = None, None
             try:
-                return load_checkpoint(folder, self.model, self.ema.model, self.optimizer)
+                progress = load_checkpoint(folder, self.model, self.ema.model, self.optimizer)
             except ValueError as error:
-                if folder == checkpoints[0]:
-                    raise
-                if self.processes.is_main:
-                    print(f"{error}; set aside, trying the one before", file=sys.stderr)
-                    set_aside(folder)
-        return Progress()
-
-
-def _check(config: TrainConfig, world_size: int) -> None:
-    """Raise a ValueError where settings do not fit one another."""
-    if config.batch_size < 1 or config.batch_size % world_size:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {world_size} processes")
-    if not 1 <= config.accumulate <= config.batch_size // world_size:
-        raise ValueError(f"accumulate is {config.accumulate}; it must be from 1 to the images of a process and step")
-    for name, channels in (
-        ("encoder", config.model.encoder.in_channels), ("denoiser", config.model.denoiser.in_channels)
-    ):  # fmt: skip
-        if channels != config.dataset.channels:
-            raise ValueError(f"model.{name}.in_channels is {channels} and dataset.channels {config.dataset.channels}")
-    if config.total_images < 1:
-        raise ValueError(f"total_images is {config.total_images}; it must be positive")
-
-
-def _check_same_run(old: dict[str, Any], new: dict[str, Any], run: Path) -> None:
-    """Raise a ValueError that names the first setting in which a run and its resumption differ."""
-    old_flat, new_flat = _flatten(old), _flatten(new)
-    for name in sorted(old_flat.keys() | new_flat.keys()):
-        free = name in _FREE_FIELDS or name.split(".")[0] in _FREE_FIELDS
-        if not free and old_flat.get(name) != new_flat.get(name):
-            raise ValueError(
-                f"{run} was started with {name} = {old_flat.get(name)!r}, not {new_flat.get(name)!r}; "
-                "give the same settings to resume it, or another --out"
-            )
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn nested dicts into one with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+                problem = error
+            (failed,) = self.processes.any(problem is not None)
+            if progress is not None and not failed:
+                if progress.dataset_images != len(self.train_set):
+                    raise OtherRunError(
+                        f"{self.run} was trained on {progress.dataset_images:,} images, and {self.config.data!r} holds "
+                        f"{len(self.train_set):,}; give the same data to resume it, or another --out"
+                    )
+                return progress
+            if folder == checkpoints[0]:
+                raise problem or ValueError(f"checkpoint {folder} cannot be loaded by another process")
+            if self.processes.is_main:
+                print(f"{problem or folder}; set aside, trying the one before", file=sys.stderr)
+                set_aside(folder)
+        return Progress(dataset_images=len(self.train_set))
 
 
 @contextlib.contextmanager

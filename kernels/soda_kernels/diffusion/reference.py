@@ -74,8 +74,8 @@ def sampler_step(
     alpha_t, sigma_t = (_look_up(table, step_index).to(compute) for table in (alpha, sigma))
     clean = next_index < 0
     inside = next_index.clamp(min=0)
-    alpha_s = torch.where(clean, 1.0, alpha[inside].to(compute))
-    sigma_s = torch.where(clean, 0.0, sigma[inside].to(compute))
+    alpha_s = torch.where(clean, 1.0, torch.take(alpha, inside).to(compute))
+    sigma_s = torch.where(clean, 0.0, torch.take(sigma, inside).to(compute))
 
     prediction = _widen(cond)
     if uncond is not None:
@@ -118,11 +118,11 @@ def _dpmpp_2m(
 ) -> Tensor:  # fmt: skip
     """Lu et al. 2022 (DPM-Solver++), algorithm 2, in lambda = logsnr / 2; the step to the clean end is first-order."""
     half_logsnr = logsnr.to(x_t.dtype) / 2
-    h = half_logsnr[next_index] - half_logsnr[step_index]
+    h = torch.take(half_logsnr, next_index) - torch.take(half_logsnr, step_index)
     extrapolated = x0
     if previous_x0 is not None:
         assert previous_index is not None
-        h_previous = half_logsnr[step_index] - half_logsnr[previous_index]
+        h_previous = torch.take(half_logsnr, step_index) - torch.take(half_logsnr, previous_index)
         # A clamped table can hold one noise level twice; a step between equals says nothing of the slope.
         weight = torch.where(clean | (h_previous == 0), 0.0, h / (2 * h_previous))
         extrapolated = x0 + weight * (x0 - _widen(previous_x0))
@@ -163,7 +163,8 @@ def _look_up(table: Tensor, step_index: Tensor) -> Tensor:
         low, high = int(step_index.min()), int(step_index.max())
         if low < 0 or high >= len(table):
             raise ValueError(f"step_index holds values from {low} to {high}; it must be in [0, {len(table) - 1}]")
-    return table[step_index]
+    # Not table[step_index], which reads a 0-d index back from the device.
+    return torch.take(table, step_index)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

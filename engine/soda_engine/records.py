@@ -1,0 +1,29 @@
+"""JSON files that any reader takes: numbers that are not finite become null, and files appear whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Write a value as JSON, with null for NaN and infinities, which JSON does not have."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of indented JSON in one step."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(to_json(value, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

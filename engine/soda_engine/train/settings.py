@@ -1,0 +1,78 @@
+"""Checks of a run's settings: against one another, and against those it was started with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from soda_engine.config import TrainConfig, to_dict
+from soda_engine.records import write_json
+
+CONFIG_NAME = "config.json"
+
+# What may differ between a run and its resumption: the images, their order and every random draw stay the same.
+# `data` may have moved; that it still holds as many images is checked by the trainer.
+_FREE_FIELDS = {
+    "data", "out", "total_images", "max_minutes", "device", "threads", "precision", "channels_last", "kernels",
+    "max_bad_steps", "tensorboard", "dry_run", "cadence", "dataset.workers",
+}  # fmt: skip
+
+
+class OtherRunError(ValueError):
+    """The folder holds a run with other settings."""
+
+
+def check_settings(config: TrainConfig, world_size: int) -> None:
+    """Raise a ValueError where settings do not fit one another."""
+    share = config.batch_size // world_size
+    if config.batch_size < 1 or config.batch_size % world_size:
+        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {world_size} processes")
+    if not 1 <= config.accumulate <= share:
+        raise ValueError(f"accumulate is {config.accumulate}; it must be from 1 to the {share} images a process takes")
+    if config.threads is not None and config.threads < 1:
+        raise ValueError(f"threads is {config.threads}; it must be positive")
+    for name, channels in (
+        ("encoder", config.model.encoder.in_channels), ("denoiser", config.model.denoiser.in_channels)
+    ):  # fmt: skip
+        if channels != config.dataset.channels:
+            raise ValueError(f"model.{name}.in_channels is {channels} and dataset.channels {config.dataset.channels}")
+    if config.total_images < 1:
+        raise ValueError(f"total_images is {config.total_images}; it must be positive")
+
+
+def check_same_run(run: Path, config: TrainConfig) -> None:
+    """Raise an OtherRunError that names the first setting in which a started run and its resumption differ.
+
+    Raises:
+        ValueError: the run's config.json is damaged.
+    """
+    path = run / CONFIG_NAME
+    if not path.exists():
+        return
+    try:
+        old = _flatten(json.loads(path.read_text()))
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; give another --out, or restore the file") from error
+    new = _flatten(to_dict(config))
+    free = _FREE_FIELDS - ({"total_images"} if config.optim.schedule == "cosine" else set())
+    for name in sorted(old.keys() | new.keys()):
+        if not {name, name.split(".")[0]} & free and old.get(name) != new.get(name):
+            raise OtherRunError(
+                f"{run} was started with {name} = {old.get(name)!r}, not {new.get(name)!r}; "
+                "give the same settings to resume it, or another --out"
+            )
+
+
+def save_settings(run: Path, config: TrainConfig) -> None:
+    """Write a run's config.json."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / CONFIG_NAME, to_dict(config))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested dicts into one with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
