@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     """Describe the hardware and versions of this process.
 
     Returns:
-        device: the GPU's or the CPU's name; threads: PyTorch's, on a CPU; torch, python and package versions; utc.
+        device: the GPU's or the CPU's name; threads: PyTorch's, on a CPU; torch, python and package versions; git: the
+            commit of the checkout this package lies in, with a + if it was changed, or None; utc.
     """
     on_gpu = device.type == "cuda"
     return {
@@ -24,8 +26,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "package": metadata.version("soda-engine"),
+        "git": _commit(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit, from git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def _cpu_name() -> str:

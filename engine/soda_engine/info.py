@@ -18,7 +18,7 @@ from soda_engine.models.soda import Soda
 from soda_engine.presets import PRESETS
 from soda_engine.train.checkpoint import load
 from soda_engine.train.distributed import resolve_device
-from soda_kernels import explain
+from soda_kernels import explain, register_flop_formulas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ def _measure(part: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[int,
             kept[StorageWeakRef(storage)] = storage.nbytes()
         return tensor
 
+    register_flop_formulas()
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         part(*arguments)
     return counter.get_total_flops(), sum(kept.values())

@@ -11,13 +11,18 @@ the paper, [O] ours, where the paper's value could not be read.
 | length of z | 64 | 128 | 128 | 2048 | 2048 | [O] |
 | sections | by level | by level | by level | by level | by level | [A] m + 1 of them; what pairs [O] |
 | masking, both rates | 0.12 | 0.12 | 0.12 | 0.12 | 0.12 | [O]; 0.12 was seen by one reader |
-| denoiser | 32 x 2 levels | 32 x 2 | 128 x 3 | 192 x 4 | 256 x 5 | ADM-style [B]; sizes [O] |
+| channels x levels | 32 x 2 | 32 x 2 | 128 x 3 | 192 x 4 | 256 x 5 | ADM-style [B]; sizes [O] |
+| blocks a level | 1 | 1 | 2 | 3 | 2 | ADM's [B]; 1 [O] |
+| attention at px | 4 | 8 | 16, 8 | 32, 16, 8 | 32, 16, 8 | at low resolutions [B]; which [O] |
+| head dim, groups | 32, 8 | 32, 8 | 64, 32 | 64, 32 | 64, 32 | ADM's; small ones [O] |
+| residuals | resampling blocks, sums / sqrt 2 | same | same | same | same | ADM's; [B] |
 | dropout | 0 | 0 | 0.1 | 0.1 | 0.1 | [B] 0.1; 0 [O] |
 | schedule | inverted cosine | same | same | same | same | [B] |
 | target | v | v | eps | eps | eps | [B] eps; v [O] |
 | views | light | classification | same | same | same | [B]; light [O] |
 | denoiser's rate | 2e-3 | 1e-3 | 1e-4 | 1e-4 | 1e-4 | [B] 1e-4, encoder x2; others [O] |
 | warm-up, then | 3k images, cosine | 6k, constant | 256k, constant | 10M, constant | 10M, constant | [B]; lengths [O] |
+| batch size | 32 | 64 | 256 | 1024 | 1024 | [O] |
 | epochs | 45 | until stopped | 800 | 800 | 800 | [B] 800 for ImageNet; others [O] |
 
 All have the paper's betas, weight decay, clip, EMA decay and two rates [B]. The small two are for minutes on a CPU.

@@ -15,7 +15,8 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file of indented JSON in one step."""
+    """Write a file of indented JSON in one step, making its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
     unfinished.write_text(to_json(value, indent=2) + "\n")
     os.replace(unfinished, path)

@@ -4,6 +4,7 @@ Importing this package needs PyTorch alone: no GPU, no Triton, no compiler.
 """
 
 from soda_kernels._backend import explain, use_backend
+from soda_kernels._flops import register_flop_formulas
 from soda_kernels.attention.api import attention, attention_qkvpacked
 from soda_kernels.diffusion.api import add_noise, denoising_loss, philox_normal, philox_uniform, sampler_step
 from soda_kernels.diffusion.schedule import NoiseSchedule
@@ -20,6 +21,7 @@ __all__ = [
     "modulated_group_norm",
     "philox_normal",
     "philox_uniform",
+    "register_flop_formulas",
     "sampler_step",
     "use_backend",
 ]

@@ -289,7 +289,7 @@ def test_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:
     assert result.code == 0 and not list(tmp_path.iterdir())
     settings = result.out.partition("\n\n")[0]
     config = from_dict(TrainConfig, json.loads(settings))
-    assert config.out == "out" and config.model.latent.dim == 48 and config.batch_size == 128
+    assert config.out == "out" and config.model.latent.dim == 48 and config.batch_size == PRESETS["digits"].batch_size
     assert "z: 48 numbers" in result.out
 
 

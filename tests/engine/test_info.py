@@ -81,7 +81,7 @@ def test_every_kernel_call_is_named() -> None:
 def test_a_described_run_shows_settings_and_model() -> None:
     config = dataclasses.replace(PRESETS["digits"], device="cpu")
     text = describe(config)
-    assert '"data": "digits"' in text and '"total_images": 300000' in text
+    assert '"data": "digits"' in text and f'"total_images": {config.total_images}' in text
     assert f"(batch of {config.batch_size})" in text and "kernels:" in text
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from soda_kernels import attention, attention_qkvpacked
+from soda_kernels import attention, attention_qkvpacked, register_flop_formulas
 from tests.kernels import compositions
 from tests.numerics import assert_accurate, assert_exact
 
@@ -131,6 +131,7 @@ def test_a_gradient_for_some_arguments_only() -> None:
 def test_the_flop_counter_counts_two_products_forward_and_five_backward() -> None:
     qkv = random_qkv(2, 5, 7, 3, 8, torch.float32)
     product = 2 * 2 * 3 * 5 * 7 * 8
+    register_flop_formulas()
     with FlopCounterMode(display=False) as counter:
         o = attention(*qkv)
     assert counter.get_total_flops() == 2 * product

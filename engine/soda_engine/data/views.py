@@ -33,7 +33,7 @@ _LIGHT = PipelineConfig(crop_probability=0.95, crop_scale=(0.7, 1.0), crop_ratio
 _PRESETS = {
     "classification": ViewsConfig(source=dataclasses.replace(_CLASSIFICATION, noise_std=0.1), target=_CLASSIFICATION),
     "reconstruction": ViewsConfig(source=dataclasses.replace(_CLASSIFICATION, noise_std=0.1)),
-    "light": ViewsConfig(source=dataclasses.replace(_LIGHT, noise_std=0.05), target=_LIGHT),
+    "light": ViewsConfig(source=dataclasses.replace(_LIGHT, noise_std=0.05)),
 }
 
 
@@ -41,8 +41,8 @@ def views_preset(name: str) -> ViewsConfig:
     """Return a named pair of pipelines.
 
     classification: the paper's source and target augmentation; reconstruction: the same source and a plainly resized
-    target; light: gentle crops and little noise, without flips and colour, for digits and other small pictures whose
-    meaning a strong augmentation would change.
+    target; light: gentle crops and little noise on the source, without flips and colour, and a plainly resized target,
+    for digits and other small pictures whose meaning a strong augmentation would change.
 
     Raises:
         ValueError: no preset has this name.

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from soda_kernels._library import define
 from soda_kernels.attention import reference
@@ -48,25 +47,3 @@ define(
     reference=reference.backward_qkvpacked,
     fake=_fake_backward_qkvpacked,
 )
-
-
-# What torch's FlopCounterMode counts, as for its own attention: two products forward, five backward, a multiply-add
-# being two operations.
-def _flops(products: int, q_shape: Any, k_shape: Any) -> int:
-    batch, queries, heads, dim = q_shape
-    return products * 2 * batch * heads * queries * k_shape[1] * dim
-
-
-for _namespace in (torch.ops.soda_kernels, torch.ops.soda_kernels_reference):
-
-    @register_flop_formula(_namespace.attention)
-    def _flops_forward(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
-        return _flops(2, q_shape, k_shape)
-
-    @register_flop_formula(_namespace.attention_backward)
-    def _flops_backward(do_shape: Any, q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
-        return _flops(5, q_shape, k_shape)
-
-    @register_flop_formula(_namespace.attention_qkvpacked_backward)
-    def _flops_backward_qkvpacked(do_shape: Any, *_: Any, **__: Any) -> int:
-        return _flops(5, do_shape, do_shape)
