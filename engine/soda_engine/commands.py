@@ -13,11 +13,11 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from soda_engine import pictures_of_z
 from soda_engine.config import DatasetConfig, TrainConfig, from_dict
 from soda_engine.data.datasets import ImageDataset, open_dataset
 from soda_engine.data.decoding import decode_image
 from soda_engine.environment import environment
+from soda_engine.evaluation import drawings
 from soda_engine.evaluation.features import Features, check_features_path, encode_dataset, pixel_features, save_features
 from soda_engine.evaluation.probes import format_table, knn_probe, linear_probe, logistic_probe
 from soda_engine.models.soda import Soda
@@ -146,13 +146,13 @@ class Sample(_PictureCommand):
         model, path = self.load(), self.folder() / "samples.png"
         options = self.sampling.as_arguments() | {"progress": True}
         if self.mode == "variations":
-            pictures_of_z.draw_variations(model, self.pictures(model, 8), self.num, path, **options)
+            drawings.draw_variations(model, self.pictures(model, 8), self.num, path, **options)
         elif self.mode == "gaussian":
             z = encode_dataset(model, self.dataset(model, "train"), progress=True).z
-            pictures_of_z.draw_samples(model, torch.from_numpy(z), self.num, path, **options)
+            drawings.draw_samples(model, torch.from_numpy(z), self.num, path, **options)
         else:
             z_ignored = torch.zeros(2, model.config.latent.dim)
-            pictures_of_z.draw_samples(model, z_ignored, self.num, path, sections=[], **options)
+            drawings.draw_samples(model, z_ignored, self.num, path, sections=[], **options)
         print(path)
 
 
@@ -167,7 +167,7 @@ class Reconstruct(_PictureCommand):
         model, folder = self.load(), self.folder()
         options = self.sampling.as_arguments() | {"progress": True}
         images = self.pictures(model, self.num)
-        drawn = pictures_of_z.draw_reconstructions(model, images, folder / "reconstructions.png", **options)
+        drawn = drawings.draw_reconstructions(model, images, folder / "reconstructions.png", **options)
         scores = {"psnr": drawn.scores.mean_psnr, "ssim": drawn.scores.mean_ssim, "images": len(images)}
         write_json(folder / "reconstructions.json", scores)
         print(f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f} over {len(images)} images\n{drawn.path}")
@@ -255,7 +255,7 @@ class Interpolate(_PictureCommand):
             raise ValueError(f"steps is {self.steps}; it must be at least 2, for both ends")
         model, path = self.load(), self.folder() / "interpolation.png"
         images_a, images_b = self.pairs(model, 5)
-        pictures_of_z.draw_interpolations(
+        drawings.draw_interpolations(
             model, images_a, images_b, path, walk_length=self.steps,
             interpolation="spherical" if self.spherical else "linear", **self.sampling.as_arguments(), progress=True,
         )  # fmt: skip
@@ -272,7 +272,7 @@ class Mix(_PictureCommand):
     def __call__(self) -> None:
         model, path = self.load(), self.folder() / "mix.png"
         images_a, images_b = self.pairs(model, 5)
-        pictures_of_z.draw_mixes(
+        drawings.draw_mixes(
             model, images_a, images_b, path, sections=self.sections or None,
             **self.sampling.as_arguments(), progress=True,
         )  # fmt: skip
@@ -291,7 +291,7 @@ class Directions(_PictureCommand):
     def __call__(self) -> None:
         model, path = self.load(), self.folder() / "directions.png"
         latents = torch.from_numpy(encode_dataset(model, self.dataset(model, "train"), progress=True).z)
-        pictures_of_z.draw_traversals(
+        drawings.draw_traversals(
             model, self.pictures(model, 1), latents, path, num_directions=self.num_directions, amounts=self.amounts,
             **self.sampling.as_arguments(), progress=True,
         )  # fmt: skip

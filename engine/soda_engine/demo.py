@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from soda_engine import pictures_of_z
 from soda_engine.data.datasets import open_dataset
 from soda_engine.environment import environment
+from soda_engine.evaluation import drawings
 from soda_engine.evaluation.features import encode_dataset, pixel_features
 from soda_engine.evaluation.pictures import curves
 from soda_engine.evaluation.probes import compare_probes, format_table
@@ -74,14 +74,14 @@ class Demo:
         assert labels is not None
         one_each = images[[int((labels == digit).nonzero()[0]) for digit in range(10)]]
         written = [
-            pictures_of_z.draw_reconstructions(model, one_each, out / "reconstructions.png").path,
-            pictures_of_z.draw_interpolations(model, one_each[:5], one_each[5:], out / "interpolation.png"),
-            pictures_of_z.draw_mixes(model, one_each[:5], one_each[5:], out / "mix.png"),
-            pictures_of_z.draw_traversals(
+            drawings.draw_reconstructions(model, one_each, out / "reconstructions.png").path,
+            drawings.draw_interpolations(model, one_each[:5], one_each[5:], out / "interpolation.png"),
+            drawings.draw_mixes(model, one_each[:5], one_each[5:], out / "mix.png"),
+            drawings.draw_traversals(
                 model, one_each[3:4], torch.from_numpy(latents["train"].z), out / "directions.png"
             ),
-            pictures_of_z.draw_samples(model, torch.from_numpy(latents["train"].z), 64, out / "samples.png"),
-            pictures_of_z.draw_variations(model, one_each, 6, out / "variations.png"),
+            drawings.draw_samples(model, torch.from_numpy(latents["train"].z), 64, out / "samples.png"),
+            drawings.draw_variations(model, one_each, 6, out / "variations.png"),
             curves(out / METRICS_NAME, out / "curves.png"),
         ]
         seconds = progress.seconds + time.monotonic() - start

@@ -397,7 +397,7 @@ def test_interruption_is_one_line(call: Call, saved_run: Path, monkeypatch: pyte
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("soda_engine.pictures_of_z.draw_mixes", interrupt)
+    monkeypatch.setattr("soda_engine.evaluation.drawings.draw_mixes", interrupt)
     result = call("mix", saved_run, "--out", "out")
     assert (result.code, result.out, result.err) == (130, "", "soda-engine: interrupted\n")
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from soda_engine.data.datasets import ImageDataset, SelectedDataset
+from soda_engine.evaluation.drawings import draw_reconstructions
 from soda_engine.evaluation.features import encode_dataset
 from soda_engine.evaluation.probes import knn_probe, linear_probe, logistic_probe
 from soda_engine.models.soda import Soda
-from soda_engine.pictures_of_z import draw_reconstructions
 
 NUM_PICTURES = 8
 SAMPLER_STEPS = 50
