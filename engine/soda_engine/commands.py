@@ -143,6 +143,8 @@ class Sample(_PictureCommand):
     def __call__(self) -> None:
         if self.num < 1:
             raise ValueError(f"num is {self.num}; it must be positive")
+        if self.mode != "variations" and (self.images or self.indices):
+            raise ValueError(f"images and indices go with --mode variations; the mode is {self.mode}")
         model, path = self.load(), self.folder() / "samples.png"
         options = self.sampling.as_arguments() | {"progress": True}
         if self.mode == "variations":
@@ -224,6 +226,8 @@ class Probe(_ModelCommand):
             features["pixels"] = [pixel_features(part, batch_size=self.batch_size) for part in parts]
         results: dict[str, dict[str, float]] = {"linear_probe": {}, "linear_sweep": {}, "knn": {}}
         details: dict[str, Any] = {}
+        seen = [int(checkpoint.name) for checkpoint in list_checkpoints(Path(self.run))]
+        about = {"images_seen": seen[-1] if seen else None, "env": environment(model.device)}
         for name, (train, test) in (bar := tqdm(features.items(), desc="probe")):
             bar.set_postfix_str(name)
             logistic, knn = logistic_probe(train, test), knn_probe(train, test, k=self.k)
@@ -233,9 +237,8 @@ class Probe(_ModelCommand):
             details[name] = {
                 "inverse_penalty": logistic.inverse_penalty, "converged": logistic.converged, "lr": swept.lr
             }  # fmt: skip
-        seen = [int(checkpoint.name) for checkpoint in list_checkpoints(Path(self.run))]
-        about = {"images_seen": seen[-1] if seen else None, "env": environment(model.device)}
-        write_json(folder / "probe.json", {**results, "chosen": details, **about})
+            # After each representation: raw pixels can take longer than all the rest.
+            write_json(folder / "probe.json", {**results, "chosen": details, **about})
         print(f"\n{format_table(results)}\n")
         print("linear_probe: logistic regression; linear_sweep: batch norm and a linear layer, learning rate chosen on")
         print(f"held-out train images; knn: cosine, k = {self.k}\n{folder / 'probe.json'}")

@@ -18,8 +18,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write a file of indented JSON in one step, making its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(to_json(value, indent=2) + "\n")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(to_json(value, indent=2) + "\n")
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _finite(value: Any) -> Any:

@@ -6,6 +6,7 @@ waits for a device or breaks a traced graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 
@@ -55,9 +56,11 @@ def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Require an int or a float."""
+    """Require a finite int or float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be finite")
 
 
 def check_probability(name: str, value: float) -> None:

@@ -47,7 +47,8 @@ def test_files_are_safetensors_and_json_with_the_config_inside(tmp_path: Path) -
     size = int.from_bytes(header[:8], "little")
     metadata = json.loads(header[8 : 8 + size])["__metadata__"]
     assert from_dict(SodaConfig, json.loads(metadata["soda_config"])) == trainer.config.model
-    assert not (newest.stat().st_mode & 0o077) ^ 0o055  # others may read it
+    assert newest.stat().st_mode & 0o777 == 0o755  # others may read it
+    assert {path.stat().st_mode & 0o777 for path in newest.iterdir()} == {0o644}
 
 
 def test_load_takes_a_run_a_checkpoint_or_a_saved_model(tmp_path: Path) -> None:
@@ -71,8 +72,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, capsys
         load(tmp_path, ema=False)
     resumed = Trainer(trained_config(tmp_path))
     assert resumed.progress.images == int(older.name) == 32
-    assert "trying the one before" in capsys.readouterr().err
+    assert newest.exists()  # nothing is touched before training
     resumed.train()
+    assert "set aside, going on from the one before" in capsys.readouterr().err
     load(newest)  # the damaged one was set aside, and its place taken
 
 
@@ -94,6 +96,44 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("text", ["[]", '{"images": "x"}', "not json"])
+def test_a_nonsense_state_is_named(tmp_path: Path, text: str) -> None:
+    trainer = trained(tmp_path)
+    newest = list_checkpoints(tmp_path)[-1]
+    (newest / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=f"checkpoint .*{newest.name} cannot be loaded"):
+        load_checkpoint(newest, trainer.model, trainer.ema.model, trainer.optimizer)
+
+
+def test_nothing_is_set_aside_where_no_checkpoint_can_be_resumed(tmp_path: Path) -> None:
+    trained(tmp_path)
+    for folder in list_checkpoints(tmp_path):
+        (folder / "optimizer.safetensors").unlink()
+    before = list_checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint of .* can be resumed.*another --out"):
+        Trainer(trained_config(tmp_path))
+    assert list_checkpoints(tmp_path) == before
+    load(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trained(tmp_path)
+    before = list_checkpoints(tmp_path)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("soda_engine.train.checkpoint.save_file", full)
+    trainer.progress.images += 16
+    with pytest.raises(OSError, match="no checkpoint could be written to .*earlier ones are whole") as raised:
+        trainer.save()
+    assert "\n" not in str(raised.value)
+    assert list_checkpoints(tmp_path) == before
+    assert not list((tmp_path / "checkpoints").glob(".unfinished-*"))
+
+
 def test_load_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model at"):
         load(tmp_path / "nothing")
@@ -109,7 +149,7 @@ def test_the_same_images_are_saved_once_and_leftovers_go(tmp_path: Path) -> None
     assert newest.stat().st_ino == before
     leftover = tmp_path / "checkpoints" / ".unfinished-abc"
     leftover.mkdir()
-    Trainer(trained_config(tmp_path))
+    Trainer(trained_config(tmp_path)).train()
     assert not leftover.exists()
 
 

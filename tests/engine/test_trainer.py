@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from soda_engine.config import CadenceConfig, TrainConfig
+from soda_engine.config import CadenceConfig, OptimConfig, TrainConfig
 from soda_engine.data.datasets import TensorDataset
 from soda_engine.data.loaders import Batch
 from soda_engine.train.checkpoint import list_checkpoints, load
+from soda_engine.train.settings import alone_in
 from soda_engine.train.trainer import Trainer, TrainingStopped
 from tests.engine.tiny import tiny_model, tiny_run
 
@@ -117,7 +118,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_good_ones_start_the_count_again(
         return losses + float("inf") if trainer.progress.step in bad else losses
 
     monkeypatch.setattr(trainer.model, "forward", sometimes_infinite)
-    with pytest.raises(TrainingStopped, match=r"not finite for 2 steps.*saved as .*000000000128: .*--precision fp32"):
+    with pytest.raises(TrainingStopped, match=r"not finite for 2 steps.*saved as .*000000000128; try --precision fp32"):
         trainer.train()
     assert trainer.progress.step == 8
     assert trainer.progress.skipped_steps == 4
@@ -203,6 +204,10 @@ def test_a_batch_without_a_readable_image_takes_no_step(tmp_path: Path) -> None:
         ({"model": tiny_model(in_channels=3)}, "model.denoiser.in_channels is 3 and dataset.channels 1"),
         ({"data": "no/such/folder"}, "no/such/folder"),
         ({"threads": 0}, "threads is 0"),
+        ({"max_minutes": -1.0}, "max_minutes is -1.0"),
+        ({"optim": OptimConfig(lr=-1.0)}, "optim.lr is -1.0"),
+        ({"optim": OptimConfig(ema_decay=2.0)}, "optim.ema_decay is 2.0"),
+        ({"cadence": CadenceConfig(log_images=-5)}, "cadence.log_images is -5"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -259,3 +264,40 @@ def test_the_log_stays_json_where_a_loss_is_not_finite(tmp_path: Path, monkeypat
     trainer.train()
     assert [r["loss"] is None for r in records(tmp_path)] == [False, True, False, False, False, False]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_refused_resume_changes_nothing(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, max_minutes=0.0)
+    Trainer(config).train()
+    before = (tmp_path / "config.json").read_text()
+    images = torch.zeros(20, 1, 8, 8, dtype=torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soda_engine.train.trainer.open_dataset", lambda *_, **__: TensorDataset(images))
+        with pytest.raises(ValueError, match="holds 20"):
+            Trainer(dataclasses.replace(config, data="elsewhere"))
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process trains in"):
+        Trainer(tiny_run(tmp_path)).train()
+    assert Trainer(tiny_run(tmp_path)).train().images == 96
+
+
+def test_a_run_that_could_not_take_a_step_says_so(tmp_path: Path) -> None:
+    trainer = Trainer(tiny_run(tmp_path))
+    none = torch.empty(0, 1, 8, 8, dtype=torch.uint8)
+    trainer.train_set.read = lambda indices: (none, [], ["x"] * len(indices))  # type: ignore[method-assign]
+    with pytest.raises(TrainingStopped, match="none of 6 steps could be taken"):
+        trainer.train()
+    assert not list_checkpoints(tmp_path)
+
+
+def test_a_finished_run_logs_its_last_images_and_says_that_it_is_complete(tmp_path: Path, capsys: Any) -> None:
+    config = tiny_run(tmp_path, cadence=CadenceConfig(log_images=64, sample_images=0, probe_images=0))
+    Trainer(config).train()
+    assert [r["images"] for r in records(tmp_path)] == [64, 96]
+    assert "96 images seen" in capsys.readouterr().err
+    Trainer(config).train()
+    assert [r["images"] for r in records(tmp_path)] == [64, 96]
+    assert "is complete" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def encode_dataset(
         The features; `skipped` names the images that could not be read.
 
     Raises:
-        ValueError: no image could be read.
+        ValueError: no image could be read, or a feature is not finite.
     """
     encode: Callable[[Tensor], Tensor] = getattr(model, "encode", model)
     if device is None:
@@ -94,8 +94,12 @@ def encode_dataset(
             bar.update(len(batch.images) + len(batch.skipped))
     if not z:
         raise ValueError(f"dataset has no readable image; {len(skipped)} were skipped, the first {skipped[:1]}")
+    codes = torch.cat(z)
+    broken = int((~torch.isfinite(codes).all(dim=1)).sum())
+    if broken:
+        raise ValueError(f"z of {broken} of {len(codes)} images is not finite; the model diverged: use an earlier one")
     return Features(
-        z=torch.cat(z).numpy(),
+        z=codes.numpy(),
         labels=torch.cat(labels).numpy() if labels else None,
         sample_ids=torch.cat(sample_ids).numpy(),
         skipped=tuple(skipped),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -276,5 +277,11 @@ def _save(picture: Image.Image, path: str | Path) -> Path:
     if path.suffix != ".png":
         raise ValueError(f"picture {str(path)!r} ends in {path.suffix!r}; it must end in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, optimize=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        picture.save(unfinished, optimize=True)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
     return path

@@ -104,6 +104,8 @@ def section_indices(sections: Sequence[str | int], names: Sequence[str]) -> list
     Raises:
         ValueError: one is neither a name nor an index in [0, len(names)).
     """
+    if isinstance(sections, str):
+        raise ValueError(f"sections is {sections!r}; it must be a list, such as [{sections!r}]")
     indices = []
     for section in sections:
         if isinstance(section, str) and section in names:

@@ -119,12 +119,16 @@ class Soda(
         """
         _check_batch_size(batch_size)
         channels = self.config.encoder.in_channels
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images is a {type(images).__name__}; it must be a tensor")
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; this model takes (N, {channels}, H, W)")
         size, batches = self.config.encoder.image_size, images.split(batch_size)
         dtype = next(self.encoder.parameters()).dtype
         with _evaluating(self):
-            views = (plain_view(batch.to(self.device), size).to(dtype) for batch in batches if len(batch))
+            # Half precision is widened first: PyTorch resizes none of it on a CPU.
+            wide = (batch.float() if batch.is_floating_point() else batch for batch in batches if len(batch))
+            views = (plain_view(batch.to(self.device), size).to(dtype) for batch in wide)
             codes = [self.encoder(view).float() for view in views]
         return torch.cat(codes) if codes else torch.empty(0, self.config.latent.dim, device=self.device)
 
@@ -168,10 +172,13 @@ class Soda(
             ValueError: z has the wrong width, or an argument is out of range.
         """
         _check_batch_size(batch_size)
+        for name, value in (("z", z), ("x_T", x_T)):
+            if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
+                raise TypeError(f"{name} must be a floating-point tensor, such as encode returns")
         if z.ndim != 2 or z.shape[1] != self.config.latent.dim:
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be (N, {self.config.latent.dim})")
         shape = (self.config.denoiser.in_channels, *(self.config.denoiser.image_size,) * 2)
-        z = z.to(self.device)
+        z = z.to(self.device, self.denoiser.conv_in.weight.dtype)
         ids = torch.as_tensor(range(len(z)) if sample_ids is None else sample_ids, dtype=torch.int64).to(self.device)
         if ids.shape != (len(z),):
             raise ValueError(f"sample_ids has shape {tuple(ids.shape)}; there are {len(z)} rows of z")
@@ -191,7 +198,7 @@ class Soda(
                 images.append(
                     run_sampler(
                         denoise,
-                        x_T[part].to(self.device),
+                        x_T[part].to(self.device, torch.float32),
                         self.schedule,
                         num_steps=num_steps,
                         method=method,

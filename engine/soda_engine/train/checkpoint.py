@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from soda_engine.models.soda import WEIGHTS_NAME, Soda, load_weights, save_weights
+from soda_engine.records import write_json
 
 EMA_NAME = "ema.safetensors"
 _OPTIMIZER_NAME = "optimizer.safetensors"
@@ -55,6 +56,9 @@ def save_checkpoint(
     """Write a checkpoint beside its final place, move it there in one step, and remove all but the newest `keep`.
 
     A crash at any moment leaves the checkpoints there were.
+
+    Raises:
+        OSError: the disk is full or cannot be written; nothing unfinished stays behind.
     """
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,14 +66,23 @@ def save_checkpoint(
     if final.exists():  # a run is a function of its settings: the same images seen, the same checkpoint
         return final
     unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
-    save_weights(model, unfinished / WEIGHTS_NAME)
-    save_weights(ema, unfinished / EMA_NAME)
-    save_file(_optimizer_tensors(model, optimizer), unfinished / _OPTIMIZER_NAME)
-    (unfinished / _STATE_NAME).write_text(json.dumps(asdict(progress), indent=2) + "\n")
-    for path in (*unfinished.iterdir(), unfinished):
-        _flush(path)
-    unfinished.chmod(0o755)
-    os.replace(unfinished, final)
+    try:
+        save_weights(model, unfinished / WEIGHTS_NAME)
+        save_weights(ema, unfinished / EMA_NAME)
+        save_file(_optimizer_tensors(model, optimizer), unfinished / _OPTIMIZER_NAME)
+        write_json(unfinished / _STATE_NAME, asdict(progress))
+        for path in unfinished.iterdir():
+            path.chmod(0o644)
+            _flush(path)
+        unfinished.chmod(0o755)
+        _flush(unfinished)
+        os.replace(unfinished, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(
+            f"no checkpoint could be written to {folder}: {error}; earlier ones are whole: free space, and give the "
+            "same command again"
+        ) from error
     _flush(folder)
     for old in list_checkpoints(run)[: -max(1, keep)]:
         doomed = folder / f"{_UNFINISHED}{old.name}"  # a half-deleted one must not look finished
@@ -105,6 +118,8 @@ def load_checkpoint(folder: Path, model: Soda, ema: Soda, optimizer: torch.optim
         ema.load_state_dict(load_file(folder / EMA_NAME))
         moments = load_file(folder / _OPTIMIZER_NAME)
         state = json.loads((folder / _STATE_NAME).read_text())
+        if any(not isinstance(state[field.name], int | float) for field in fields(Progress)):
+            raise ValueError(f"{_STATE_NAME} holds something else than numbers")
         for name, parameter in model.named_parameters():
             state_of = {key: moments[f"{key}/{name}"] for key in _MOMENTS}
             # In the parameter's own layout, as AdamW made them.
@@ -115,7 +130,7 @@ def load_checkpoint(folder: Path, model: Soda, ema: Soda, optimizer: torch.optim
         return Progress(**{field.name: state[field.name] for field in fields(Progress)})
     except torch.OutOfMemoryError:
         raise
-    except (FileNotFoundError, SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"checkpoint {folder} cannot be loaded: {reason}") from error
 

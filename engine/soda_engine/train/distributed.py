@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 # How long the other processes wait for the main one to draw and probe.
 MILESTONE_TIMEOUT = timedelta(hours=2)
+
+
+warnings.filterwarnings("ignore", message=".*dist.nn.functional", category=FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,11 @@ def parallelize(model: nn.Module, processes: Processes) -> nn.Module:
     if not processes.is_parallel:
         return model
     on_gpu = processes.device.type == "cuda"
-    return DistributedDataParallel(
-        model, device_ids=[processes.device.index] if on_gpu else None, broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of broadcast_buffers, whose successor torch 2.11 lacks
+        return DistributedDataParallel(
+            model, device_ids=[processes.device.index] if on_gpu else None, broadcast_buffers=False
+        )
 
 
 def synchronize_batch_norms(model: nn.Module, processes: Processes) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ def check_settings(config: TrainConfig, world_size: int) -> None:
     """Raise a ValueError where settings do not fit one another."""
     share = config.batch_size // world_size
     if config.batch_size < 1 or config.batch_size % world_size:
-        raise ValueError(f"batch_size is {config.batch_size}; it must be a multiple of the {world_size} processes")
+        raise ValueError(f"batch_size is {config.batch_size}; it must be a positive multiple of {world_size} processes")
     if not 1 <= config.accumulate <= share:
         raise ValueError(f"accumulate is {config.accumulate}; it must be from 1 to the {share} images a process takes")
     if config.threads is not None and config.threads < 1:
@@ -36,9 +40,26 @@ def check_settings(config: TrainConfig, world_size: int) -> None:
         ("encoder", config.model.encoder.in_channels), ("denoiser", config.model.denoiser.in_channels)
     ):  # fmt: skip
         if channels != config.dataset.channels:
-            raise ValueError(f"model.{name}.in_channels is {channels} and dataset.channels {config.dataset.channels}")
-    if config.total_images < 1:
-        raise ValueError(f"total_images is {config.total_images}; it must be positive")
+            raise ValueError(
+                f"model.{name}.in_channels is {channels} and dataset.channels {config.dataset.channels}; "
+                "they must be equal"
+            )
+    optim, cadence = config.optim, config.cadence
+    for name, value, fits, wanted in (
+        ("total_images", config.total_images, config.total_images >= 1, "positive"),
+        ("max_minutes", config.max_minutes, config.max_minutes is None or config.max_minutes >= 0, "at least 0"),
+        ("max_bad_steps", config.max_bad_steps, config.max_bad_steps >= 1, "positive"),
+        ("optim.lr", optim.lr, 0 < optim.lr < math.inf, "positive"),
+        ("optim.encoder_lr_multiplier", optim.encoder_lr_multiplier, optim.encoder_lr_multiplier >= 0, "at least 0"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.warmup_images", optim.warmup_images, optim.warmup_images >= 0, "at least 0"),
+        ("optim.grad_clip", optim.grad_clip, optim.grad_clip > 0, "positive"),
+        ("optim.ema_decay", optim.ema_decay, 0 <= optim.ema_decay < 1, "in [0, 1)"),
+        ("cadence.keep_checkpoints", cadence.keep_checkpoints, cadence.keep_checkpoints >= 1, "positive"),
+        *((f"cadence.{name}", value, value >= 0, "at least 0") for name, value in vars(cadence).items()),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
 
 
 def check_same_run(run: Path, config: TrainConfig) -> None:
@@ -52,7 +73,7 @@ def check_same_run(run: Path, config: TrainConfig) -> None:
         return
     try:
         old = _flatten(json.loads(path.read_text()))
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; give another --out, or restore the file") from error
     new = _flatten(to_dict(config))
     free = _FREE_FIELDS - ({"total_images"} if config.optim.schedule == "cosine" else set())
@@ -60,7 +81,8 @@ def check_same_run(run: Path, config: TrainConfig) -> None:
         if not {name, name.split(".")[0]} & free and old.get(name) != new.get(name):
             raise OtherRunError(
                 f"{run} was started with {name} = {old.get(name)!r}, not {new.get(name)!r}; "
-                "give the same settings to resume it, or another --out"
+                + ("a cosine schedule needs the length it began with; " if name == "total_images" else "")
+                + "give the same settings to resume it, or another --out"
             )
 
 
@@ -68,6 +90,22 @@ def save_settings(run: Path, config: TrainConfig) -> None:
     """Write a run's config.json."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / CONFIG_NAME, to_dict(config))
+
+
+@contextlib.contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Hold a run's folder for this process, until it ends however it ends.
+
+    Raises:
+        ValueError: another process trains in that folder.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {run}; wait for it, or give another --out") from None
+        yield
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,7 +33,7 @@ from soda_engine.train.ema import Ema
 from soda_engine.train.logging import RunLog
 from soda_engine.train.milestones import draw_first_images, probe_latents
 from soda_engine.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
-from soda_engine.train.settings import OtherRunError, check_same_run, check_settings, save_settings
+from soda_engine.train.settings import OtherRunError, alone_in, check_same_run, check_settings, save_settings
 from soda_kernels import use_backend
 
 
@@ -89,6 +89,12 @@ class Trainer:
         Raises:
             TrainingStopped: the loss was not finite for too many steps in a row.
         """
+        with alone_in(self.run) if self.processes.is_main else contextlib.nullcontext():
+            self._begin()
+            return self._train()
+
+    def _train(self) -> Progress:
+        """Take steps and pass milestones until it is time to stop."""
         config, progress = self.config, self.progress
         log = RunLog(
             self.run, images=progress.images, total_images=config.total_images, tensorboard=config.tensorboard,
@@ -96,8 +102,9 @@ class Trainer:
         )  # fmt: skip
         start, window = time.monotonic(), (progress.images, progress.seconds)
         interrupted = out_of_time = False
+        metrics: dict[str, float] = {}
         with _interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
-            if progress.images:
+            if 0 < progress.images < config.total_images:
                 log.say(f"resuming {self.run} at {progress.images:,} images")
             batches = self._batches()
             while progress.images < config.total_images:
@@ -116,10 +123,17 @@ class Trainer:
                 if interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
                     break
                 self._milestones(before, log)
+            if progress.step and progress.skipped_steps == progress.step:
+                raise TrainingStopped(f"none of {progress.step} steps could be taken; see the lines above for why")
+            finished = progress.images >= config.total_images
+            if finished and progress.window_steps:
+                log.write("train", progress.images, self._window() | metrics)
             saved = self.save()
-            why = "interrupted" if interrupted else "stopped"
-            if progress.images < config.total_images:
-                log.say(f"{why} at {progress.images:,} images, saved as {saved}; the same command goes on from there")
+            log.say(
+                f"{progress.images:,} images seen: {self.run} is complete" if finished else
+                f"{'interrupted' if interrupted else 'stopped'} at {progress.images:,} images, saved as {saved}; "
+                "the same command goes on from there"
+            )  # fmt: skip
         return progress
 
     def step(self, batch: Batch, log: RunLog | None = None) -> dict[str, float]:
@@ -167,15 +181,17 @@ class Trainer:
         self._count_bad(finite, metrics, log)
         return metrics
 
-    def save(self) -> Path:
-        """Write a checkpoint now, from the main process, and return its folder."""
+    def save(self, *, keep: int | None = None) -> Path:
+        """Write a checkpoint now, from the main process, keep the newest `keep`, and return its folder."""
         path = self.run / "checkpoints" / f"{self.progress.images:012d}"
-        if self.processes.is_main:
-            path = save_checkpoint(
-                self.run, self.model, self.ema.model, self.optimizer, self.progress,
-                keep=self.config.cadence.keep_checkpoints,
-            )  # fmt: skip
-        self.processes.barrier()
+        try:
+            if self.processes.is_main:
+                path = save_checkpoint(
+                    self.run, self.model, self.ema.model, self.optimizer, self.progress,
+                    keep=self.config.cadence.keep_checkpoints if keep is None else keep,
+                )  # fmt: skip
+        finally:
+            self.processes.barrier()
         return path
 
     def _backward(self, batch: Batch, num_images: int) -> Tensor:
@@ -210,7 +226,10 @@ class Trainer:
         """Save, draw and probe where a multiple of their cadence was passed."""
         cadence, progress = self.config.cadence, self.progress
         if self._passed(before, cadence.checkpoint_images):
-            self.save()
+            try:
+                self.save()
+            except OSError as error:  # the next one may find space
+                log.say(str(error))
         if not self.processes.is_main or self.test_set is None:
             return
         images = progress.images
@@ -273,39 +292,50 @@ class Trainer:
             log.say(f"step {progress.step} skipped: loss {metrics['loss']}, gradient norms "
                     f"{metrics['grad_norm_encoder']} and {metrics['grad_norm_denoiser']}")  # fmt: skip
         if self._bad_steps_in_a_row >= self.config.max_bad_steps:
+            before = list_checkpoints(self.run)
+            saved = self.save(keep=len(before) + 1)  # what was good before must stay
             raise TrainingStopped(
                 f"the loss was not finite for {self._bad_steps_in_a_row} steps in a row, the last at "
-                f"{progress.images:,} images; the weights before them are saved as {self.save()}: "
-                "try --precision fp32, or a lower --optim.lr with another --out"
+                f"{progress.images:,} images; the weights before them are saved as {saved}"
+                + (f", and earlier ones are in {before[-1]}: delete the newer to go back" if before else "")
+                + "; try --precision fp32, or a lower --optim.lr with another --out"
             )
 
     def _resume(self) -> Progress:
-        """Load the newest checkpoint that every process can load, or start anew; write the settings."""
-        checkpoints = list_checkpoints(self.run)
-        self.processes.barrier()
-        if self.processes.is_main:
-            save_settings(self.run, self.config)
-            remove_unfinished(self.run)
-        for folder in reversed(checkpoints):
-            progress, problem = None, None
+        """Load the newest checkpoint that every process can load, or start anew. Writes nothing."""
+        self._damaged: list[tuple[Path, str]] = []
+        for folder in reversed(list_checkpoints(self.run)):
+            progress, problem = None, "another process cannot load it"
             try:
                 progress = load_checkpoint(folder, self.model, self.ema.model, self.optimizer)
             except ValueError as error:
-                problem = error
-            (failed,) = self.processes.any(problem is not None)
-            if progress is not None and not failed:
-                if progress.dataset_images != len(self.train_set):
-                    raise OtherRunError(
-                        f"{self.run} was trained on {progress.dataset_images:,} images, and {self.config.data!r} holds "
-                        f"{len(self.train_set):,}; give the same data to resume it, or another --out"
-                    )
+                problem = str(error)
+            (failed,) = self.processes.any(progress is None)
+            if progress is None or failed:
+                self._damaged.append((folder, problem))
+            elif progress.dataset_images != len(self.train_set):
+                raise OtherRunError(
+                    f"{self.run} was trained on {progress.dataset_images:,} images, and {self.config.data!r} holds "
+                    f"{len(self.train_set):,}; give the same data to resume it, or another --out"
+                )
+            else:
                 return progress
-            if folder == checkpoints[0]:
-                raise problem or ValueError(f"checkpoint {folder} cannot be loaded by another process")
-            if self.processes.is_main:
-                print(f"{problem or folder}; set aside, trying the one before", file=sys.stderr)
-                set_aside(folder)
+        if self._damaged:
+            raise ValueError(
+                f"no checkpoint of {self.run} can be resumed (the newest: {self._damaged[0][1]}); its weights may "
+                "still load for use; give another --out to start anew"
+            )
         return Progress(dataset_images=len(self.train_set))
+
+    def _begin(self) -> None:
+        """Put the run's folder in order, from the main process: settings, leftovers, damaged checkpoints."""
+        if self.processes.is_main:
+            save_settings(self.run, self.config)
+            remove_unfinished(self.run)
+            for folder, problem in self._damaged:
+                print(f"{problem}; set aside, going on from the one before", file=sys.stderr)
+                set_aside(folder)
+        self._damaged = []
 
 
 @contextlib.contextmanager
