@@ -116,6 +116,7 @@ class Trainer:
                     rate = (progress.images - window[0]) / (progress.seconds - window[1])
                     window = progress.images, progress.seconds
                     log.write("train", progress.images, self._window() | metrics | {"images_per_second": rate})
+                    progress.window_loss, progress.window_steps = 0.0, 0
                 minutes = (time.monotonic() - start) / 60
                 interrupted, out_of_time = self.processes.any(
                     interruption.is_set(), config.max_minutes is not None and minutes >= config.max_minutes
@@ -126,7 +127,7 @@ class Trainer:
             if progress.step and progress.skipped_steps == progress.step:
                 raise TrainingStopped(f"none of {progress.step} steps could be taken; see the lines above for why")
             finished = progress.images >= config.total_images
-            if finished and progress.window_steps:
+            if finished and metrics and progress.window_steps:
                 log.write("train", progress.images, self._window() | metrics)
             saved = self.save()
             log.say(
@@ -250,11 +251,10 @@ class Trainer:
         return every > 0 and self.progress.images // every > before // every
 
     def _window(self) -> dict[str, Any]:
-        """Return the mean loss since the last log line, the running counts and the peak memory; start a new window."""
+        """Return the mean loss since the last log line, the running counts and the peak memory."""
         progress, device = self.progress, self.processes.device
         memory = {"peak_memory_mib": torch.cuda.max_memory_allocated(device) / 2**20} if device.type == "cuda" else {}
         mean = progress.window_loss / progress.window_steps if progress.window_steps else float("nan")
-        progress.window_loss, progress.window_steps = 0.0, 0
         return {
             "step": progress.step, "window_loss": mean, "seconds": progress.seconds,
             "skipped_steps": progress.skipped_steps, "skipped_images": progress.skipped_images, **memory,
