@@ -8,6 +8,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# One thread, for subprocesses too: the tests' tensors are tiny, and two threads wait for each other whenever another
+# program holds a core. Read by OpenMP when PyTorch is first imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Read by the libraries when they are first imported, so set before any test module is.

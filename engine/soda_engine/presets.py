@@ -7,22 +7,23 @@ the paper, [O] ours, where the paper's value could not be read.
 |---|---|---|---|---|---|---|
 | encoder | ResNet-18 / 4 | ResNet-18 / 2 | ResNet-18 | ResNet-50 | ResNet-50 | [B] 18 small, 50 at scale; widths [O] |
 | stem | 3x3 | 3x3 | 3x3 | 3x3 | 7x7 | [B] 3x3 up to 64 px |
-| source, target px | 8, 8 | 32, 16 | 32, 32 | 64, 64 | 224, 128 | [B] independent; sizes [O] |
+| source, target px | 8, 8 | 16, 16 | 32, 32 | 64, 64 | 224, 128 | [B] independent; sizes [O] |
 | length of z | 64 | 128 | 128 | 2048 | 2048 | [O] |
 | sections | by level | by level | by level | by level | by level | [A] m + 1 of them; what pairs [O] |
 | masking, both rates | 0.12 | 0.12 | 0.12 | 0.12 | 0.12 | [O]; 0.12 was seen by one reader |
-| channels x levels | 16 x 2 | 32 x 2 | 128 x 3 | 192 x 4 | 256 x 5 | ADM-style [B]; sizes [O] |
+| channels x levels | 16 x 2 | 24 x 2 | 128 x 3 | 192 x 4 | 256 x 5 | ADM-style [B]; sizes [O] |
 | blocks a level | 1 | 1 | 2 | 3 | 2 | ADM's [B]; 1 [O] |
 | attention at px | 4 | 8 | 16, 8 | 32, 16, 8 | 32, 16, 8 | at low resolutions [B]; which [O] |
-| head dim, groups | 16, 8 | 32, 8 | 64, 32 | 64, 32 | 64, 32 | ADM's; small ones [O] |
+| head dim, groups | 16, 8 | 24, 8 | 64, 32 | 64, 32 | 64, 32 | ADM's; small ones [O] |
 | residuals | resampling blocks, sums / sqrt 2 | same | same | same | same | ADM's; [B] |
 | dropout | 0 | 0 | 0.1 | 0.1 | 0.1 | [B] 0.1; 0 [O] |
 | schedule | inverted cosine | same | same | same | same | [B] |
 | target | v | v | eps | eps | eps | [B] eps; v [O] |
-| views | light | classification | same | same | same | [B]; light [O] |
-| denoiser's rate | 3e-3 | 1e-3 | 1e-4 | 1e-4 | 1e-4 | [B] 1e-4, encoder x2; others [O] |
-| warm-up, then | 6k images, cosine | 6k, constant | 256k, constant | 10M, constant | 10M, constant | [B]; lengths [O] |
-| batch size | 128 | 64 | 256 | 1024 | 1024 | [O] |
+| views | light | crops, flips | classification | same | same | [B]; light, crops and flips to a plain target [O] |
+| denoiser's rate | 3e-3 | 2e-3 | 1e-4 | 1e-4 | 1e-4 | [B] 1e-4, encoder x2; others [O] |
+| warm-up, images | 6k | 10k | 256k | 10M | 10M | [B]; lengths [O] |
+| then | cosine | constant | constant | constant | constant | [B] |
+| batch size | 128 | 128 | 256 | 1024 | 1024 | [O] |
 | epochs | 127 | until stopped | 800 | 800 | 800 | [B] 800 for ImageNet; others [O] |
 
 All have the paper's betas, weight decay, clip, EMA decay and two rates [B]. The small two are for minutes on a CPU.
@@ -38,8 +39,10 @@ from soda_engine.config import (
     EncoderConfig,
     LatentConfig,
     OptimConfig,
+    PipelineConfig,
     SodaConfig,
     TrainConfig,
+    ViewsConfig,
 )
 from soda_engine.data.views import views_preset
 
@@ -86,21 +89,23 @@ PRESETS: dict[str, TrainConfig] = {
         data="uoft-cs/cifar10",
         out="runs/cifar10-small",
         total_images=1_000_000,
-        batch_size=64,
+        batch_size=128,
         model=SodaConfig(
-            encoder=EncoderConfig(width=32, image_size=32),
+            encoder=EncoderConfig(width=32, image_size=16),
             denoiser=DenoiserConfig(
-                image_size=16, channels=32, multipliers=(1, 2), blocks=1, attention_resolutions=(8,), head_dim=32,
+                image_size=16, channels=24, multipliers=(1, 2), blocks=1, attention_resolutions=(8,), head_dim=24,
                 num_groups=8, dropout=0.0,
             ),
             latent=LatentConfig(dim=128),
             diffusion=DiffusionConfig(target="v"),
         ),
-        dataset=DatasetConfig(image_size=32, workers=1),
-        views=views_preset("classification"),
-        optim=OptimConfig(lr=1e-3, warmup_images=6_400),
+        dataset=DatasetConfig(image_size=32, workers=0),
+        views=ViewsConfig(
+            source=PipelineConfig(crop_probability=1.0, crop_scale=(0.3, 1.0), flip_probability=0.5, noise_std=0.1)
+        ),
+        optim=OptimConfig(lr=2e-3, warmup_images=10_000),
         cadence=CadenceConfig(
-            log_images=3_200, checkpoint_images=32_000, sample_images=64_000, probe_images=0
+            log_images=6_400, checkpoint_images=32_000, sample_images=128_000, probe_images=0
         ),
     ),
     "imagenet64": TrainConfig(

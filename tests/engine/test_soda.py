@@ -16,6 +16,7 @@ import soda_engine
 from soda_engine import Soda
 from soda_engine.models.soda import WEIGHTS_NAME
 from soda_kernels import philox_normal, sampler_step
+from tests.engine.tiny import tiny_model
 from tests.engine.tiny_soda import tiny_config, tiny_soda
 
 STEPS = 4
@@ -382,3 +383,15 @@ def test_the_schedule_follows_the_model_and_is_not_saved(model: Soda) -> None:
     assert on_meta.schedule.alpha_bar.device.type == "meta"
     assert model.schedule.alpha_bar.device == model.device == torch.device("cpu")
     assert model.schedule.num_steps == 1000 and not any("weights" in name for name in on_meta.state_dict())
+
+
+def test_a_single_section_name_must_be_in_a_list() -> None:
+    model = Soda(tiny_model())
+    with pytest.raises(ValueError, match=r"sections is 'middle'; it must be a list"):
+        model.sample(torch.zeros(1, 12), num_steps=1, sections="middle")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_encode_takes_every_float_dtype(dtype: torch.dtype) -> None:
+    model, images = Soda(tiny_model()), torch.linspace(-1, 1, 2 * 9 * 9).view(2, 1, 9, 9)
+    torch.testing.assert_close(model.encode(images.to(dtype)), model.encode(images), rtol=0.02, atol=0.02)

@@ -98,11 +98,11 @@ def section_slices(dim: int, num_sections: int) -> tuple[slice, ...]:
     return tuple(slice(start, end) for start, end in zip(starts[:-1], starts[1:], strict=True))
 
 
-def section_indices(sections: Sequence[str | int], names: Sequence[str]) -> list[int]:
+def section_indices(sections: Sequence[str | int] | range, names: Sequence[str]) -> list[int]:
     """Turn names or indices of sections into indices.
 
     Raises:
-        ValueError: one is neither a name nor an index in [0, len(names)).
+        ValueError: one is neither a name nor an index in [0, len(names)), or a single name came instead of a list.
     """
     if isinstance(sections, str):
         raise ValueError(f"sections is {sections!r}; it must be a list, such as [{sections!r}]")

@@ -216,7 +216,7 @@ class Soda(
     def _mask(self, sections: Sequence[str | int] | range) -> Tensor:
         """A [1, m + 1] mask that is 1 at the given sections."""
         mask = torch.zeros(1, self.num_sections, device=self.device)
-        mask[:, section_indices(list(sections), self.section_names)] = 1.0
+        mask[:, section_indices(sections, self.section_names)] = 1.0
         return mask
 
     def _save_pretrained(self, save_directory: Path) -> None:
