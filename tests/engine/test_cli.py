@@ -243,7 +243,7 @@ def test_interpolate(call: Call, saved_run: Path, tmp_path: Path, files: list[Pa
 
 
 @pytest.mark.parametrize(
-    ("sections", "rows"), [([], 5), (["--sections", "middle", "level0"], 3)], ids=["each", "two-together"]
+    ("sections", "rows"), [([], 7), (["--sections", "middle", "level0"], 5)], ids=["each", "two-together"]
 )
 def test_mix(call: Call, saved_run: Path, tmp_path: Path, sections: list[str], rows: int) -> None:
     result = call("mix", "--indices", *range(8), "--out", "out", *sections, *QUICK, saved_run)
