@@ -230,7 +230,7 @@ def test_probe_beside_baselines(call: Call, saved_run: Path, tmp_path: Path) -> 
 
 
 def test_probe_without_baselines(call: Call, saved_run: Path, tmp_path: Path) -> None:
-    assert call("probe", saved_run, "--out", "out", "--no-baselines").code == 0
+    assert call("probe", saved_run, "--out", "out", "--baselines").code == 0
     assert json.loads((tmp_path / "out" / "probe.json").read_text())["knn"].keys() == {"z"}
 
 
@@ -327,7 +327,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "eta": (["sample", "RUN", "--mode", "unguided", "--eta", "-1"], "eta"),
     "num-directions": (["directions", "RUN", "--num-directions", "13"], "num_directions is 13"),
     "batch-size": (["encode", "RUN", "--batch-size", "0"], "batch_size is 0; it must be positive"),
-    "k": (["probe", "RUN", "--k", "0", "--no-baselines"], "k is 0"),
+    "k": (["probe", "RUN", "--k", "0", "--baselines"], "k is 0"),
     "out-is-a-file": (["sample", "RUN", "--out", "FILE"], "is a file; it must be a folder"),
     "out-in-a-file": (["sample", "RUN", "--mode", "unguided", "--num", "1", "--out", "FILE/x"], "FILE"),
     "train-batch": (["train", "digits", "--batch-size", "0"], "batch_size is 0"),
