@@ -37,6 +37,9 @@ from soda_engine.train.settings import OtherRunError, alone_in, check_same_run, 
 from soda_kernels import use_backend
 
 
+MAX_SKIPPED_LINES = 20
+
+
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
@@ -272,12 +275,15 @@ class Trainer:
 
     def _count_skipped(self, batch: Batch, log: RunLog | None) -> int:
         """Count and name the unreadable images of the global batch; every process must call it."""
-        names = self.processes.gather(batch.skipped)
-        self.progress.skipped_images += len(names)
-        if log is not None:
-            for name in names:
-                log.say(f"skipped an unreadable image: {name}")
-                log.write("skipped_image", self.progress.images, {"name": name})
+        names, progress = self.processes.gather(batch.skipped), self.progress
+        for name in names:
+            progress.skipped_images += 1
+            if log is not None:
+                log.write("skipped_image", progress.images, {"name": name})
+                if progress.skipped_images <= MAX_SKIPPED_LINES:
+                    log.say(f"skipped an unreadable image: {name}")
+                elif progress.skipped_images == MAX_SKIPPED_LINES + 1:
+                    log.say("more unreadable images: from here on they are named in metrics.jsonl alone")
         return len(names)
 
     def _count_bad(self, finite: bool, metrics: dict[str, float], log: RunLog | None) -> None:
