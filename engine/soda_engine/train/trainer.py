@@ -36,7 +36,6 @@ from soda_engine.train.optim import build_optimizer, learning_rate_factor, set_l
 from soda_engine.train.settings import OtherRunError, alone_in, check_same_run, check_settings, save_settings
 from soda_kernels import use_backend
 
-
 MAX_SKIPPED_LINES = 20
 
 
