@@ -19,6 +19,7 @@ from soda_engine.data.loaders import Batch
 from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.settings import alone_in
 from soda_engine.train.trainer import Trainer, TrainingStopped
+from soda_kernels import explain, philox_uniform
 from tests.engine.tiny import tiny_model, tiny_run
 
 
@@ -134,6 +135,21 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         results.append([trainer.step(next(batches)) for _ in range(4)])
     for whole, parts in zip(*results, strict=True):
         assert parts == pytest.approx(whole, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_the_kernels_setting_chooses_the_ops_that_a_step_calls(tmp_path: Path, kernels: str) -> None:
+    trainer, chosen = Trainer(tiny_run(tmp_path, kernels=kernels, total_images=16)), []
+    forward = trainer.model.forward
+
+    def spy(*args: Any, **kwargs: Any) -> Tensor:
+        (choice, *_) = explain(philox_uniform, (1,), seed=0, sample_ids=torch.tensor([0])).choices
+        chosen.append(choice.reason)
+        return forward(*args, **kwargs)
+
+    trainer.model.forward = spy  # type: ignore[method-assign]
+    trainer.train()
+    assert [reason == "asked for by use_backend" for reason in chosen] == [kernels == "reference"]
 
 
 @pytest.mark.parametrize("change", [{"channels_last": False}, {"kernels": "reference"}], ids=lambda c: next(iter(c)))
