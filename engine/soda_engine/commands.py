@@ -72,7 +72,7 @@ class _ModelCommand:
         """Return the folder for results; what writes the first of them makes it, so that a failure leaves none."""
         folder = Path(self.out or self.run)
         if self.out is None and not folder.is_dir():
-            raise ValueError(f"{self.run} is no folder here; give --out for the results")
+            raise ValueError(f"{self.run} is no folder here; name a run, or give --out beside a model of the hub")
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"--out {folder} is a file; it must be a folder or a new name")
         return folder

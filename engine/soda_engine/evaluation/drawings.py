@@ -67,16 +67,14 @@ def draw_mixes(
     """Draw images a and b, and a with sections of b's z: each section alone, or the given ones together."""
     z_a, z_b = model.encode(images_a), model.encode(images_b)
     chosen = [[name] for name in model.section_names] if sections is None else [list(sections)]
-    rows = [("a", _shown(model, images_a)), ("a from z", _sample_rows(model, z_a[:, None], **sampling)[:, 0])]
+    latents = [("a from z", z_a)]
     for part in chosen:
-        mixed = mix_sections(
-            z_a, z_b, part, section_slices=model.section_slices, section_names=model.section_names
-        )  # fmt: skip
+        mixed = mix_sections(z_a, z_b, part, section_slices=model.section_slices, section_names=model.section_names)
         label = " + ".join(name if isinstance(name, str) else model.section_names[name] for name in part)
-        rows.append((f"a, {label} of b", _sample_rows(model, mixed[:, None], **sampling)[:, 0]))
-    rows.append(("b from z", _sample_rows(model, z_b[:, None], **sampling)[:, 0]))
-    rows.append(("b", _shown(model, images_b)))
-    return labelled_rows(rows, path)
+        latents.append((f"a, {label} of b", mixed))
+    latents.append(("b from z", z_b))
+    sampled = [(label, _sample_rows(model, z[:, None], **sampling)[:, 0]) for label, z in latents]
+    return labelled_rows([("a", _shown(model, images_a)), *sampled, ("b", _shown(model, images_b))], path)
 
 
 def draw_traversals(
