@@ -1,0 +1,73 @@
+"""Launch configs per GPU: a JSON table of measured ones where there is one, else the family's heuristic.
+
+A table is written by an explicit tuning run (`python -m benchmarks tune`), never while a model runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLES = Path(__file__).parent / "configs"
+
+# An H100's and H200's, for plans that are made where there is no GPU.
+_DEFAULT_MULTIPROCESSORS = 132
+
+
+def look_up(family: str, key: str, device: torch.device) -> dict[str, Any] | None:
+    """Return the tuned config for a problem on a device's architecture, or None."""
+    if device.type != "cuda":
+        return None
+    return load_table(family, architecture(device)).get(key)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Name a GPU's architecture as the compiler does: sm_90, gfx942."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Return how many programs a device runs side by side at least."""
+    if device.type != "cuda":
+        return _DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def table_path(family: str, arch: str) -> Path:
+    """Return where a family's table for an architecture lies."""
+    return TABLES / f"{family}.{arch.replace('_', '')}.json"
+
+
+@functools.cache
+def load_table(family: str, arch: str) -> dict[str, dict[str, Any]]:
+    """Return the tuned configs by problem key; empty where nothing was tuned."""
+    path = table_path(family, arch)
+    return json.loads(path.read_text())["configs"] if path.exists() else {}
+
+
+def save_table(family: str, arch: str, configs: dict[str, dict[str, Any]], provenance: dict[str, Any]) -> Path:
+    """Merge tuned configs into a family's table, and say what measured them.
+
+    Args:
+        configs: a launch config's fields by problem key.
+        provenance: device, versions, date and commit of the run that measured them.
+    """
+    path = table_path(family, arch)
+    path.parent.mkdir(exist_ok=True)
+    merged = {**load_table(family, arch), **configs}
+    text = json.dumps({"provenance": provenance, "configs": dict(sorted(merged.items()))}, indent=1)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text + "\n")
+    os.replace(partial, path)
+    load_table.cache_clear()
+    return path

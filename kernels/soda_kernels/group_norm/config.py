@@ -1,0 +1,210 @@
+"""How modulated group norm is laid over programs: the possible launch configs, and which one to take unmeasured.
+
+Limits of registers come from compiling for sm_90: 64 elements a thread in 16 warps forward, half of that backward, where
+two tensors are held, keep everything in registers; twice as much spills.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# Elements that one program keeps in registers, by backward; fp32 inputs take twice the registers of 16-bit ones.
+_HELD_ELEMENTS = {False: 32768, True: 16384}
+_HELD_ELEMENTS_FP32 = {False: 16384, True: 8192}
+# Elements of a tile of a program that walks: sixteen a thread in four warps, for three or four fp32 tensors of a tile.
+_WALK_ELEMENTS = 2048
+_WALK_WARPS = 4
+# A walking program's groups must still lie in the L2 cache when it comes back to them: with one program on each of 132
+# multiprocessors, 224 KiB each is 29 MiB, half of an H100's or H200's L2.
+_WALK_BYTES = 224 * 1024
+# Rows of a chunk in the split variant, by bytes of an element: the fp32 workspace is then below 2% of the image tensors.
+_CHUNK_ROWS = {2: (256, 512, 1024), 4: (128, 256, 512)}
+# Below this size a launch costs more than the traffic, so parallelism counts less than the number of launches.
+_SMALL_BYTES = 1 << 20
+_SECTOR_BYTES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What the choice of a launch config depends on."""
+
+    backward: bool
+    num_samples: int
+    channels: int
+    skip_channels: int
+    num_groups: int
+    spatial: int
+    channels_last: bool
+    element_bytes: int
+    dropout: bool
+
+    @property
+    def all_channels(self) -> int:
+        """Channels of the normalized tensor."""
+        return self.channels + self.skip_channels
+
+    @property
+    def group_channels(self) -> int:
+        """Channels of a group."""
+        return self.all_channels // self.num_groups
+
+    @property
+    def bytes(self) -> int:
+        """Size of the normalized tensor."""
+        return self.num_samples * self.all_channels * self.spatial * self.element_bytes
+
+    @property
+    def key(self) -> str:
+        """Name the problem in a table of tuned configs; batches within a factor of two share an entry."""
+        batch = 1 << max(0, self.num_samples - 1).bit_length()
+        return (
+            f"{'bwd' if self.backward else 'fwd'}-{'nhwc' if self.channels_last else 'nchw'}-{self.element_bytes}b-n{batch}"
+            f"-c{self.channels}+{self.skip_channels}-g{self.num_groups}-s{self.spatial}{'-dropout' if self.dropout else ''}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupNormConfig:
+    """A launch config."""
+
+    variant: str
+    """"resident": one launch, groups in registers; "looped": one launch, groups in cache; "split": partial sums."""
+    slab: int
+    """Channels of a tile, a power of two."""
+    rows: int
+    """Positions of a tile, a power of two."""
+    num_warps: int
+    groups: int
+    """Whole groups that a program owns: of every launch if resident or looped, of the fold if split."""
+    samples: int = 1
+    """Samples that a resident or looped program handles in turn."""
+    tiles: int = 1
+    """Tiles of a chunk, if split."""
+
+    def num_programs(self, problem: Problem) -> int:
+        """Programs of each launch that passes over image tensors."""
+        if self.variant == "split":
+            slabs = sum(math.ceil(c / self.slab) for c in (problem.channels, problem.skip_channels))
+            return problem.num_samples * slabs * math.ceil(problem.spatial / (self.rows * self.tiles))
+        return problem.num_groups // self.groups * math.ceil(problem.num_samples / self.samples)
+
+
+def heuristic(problem: Problem, num_multiprocessors: int = 132) -> GroupNormConfig:
+    """Return the config whose estimated cost is least."""
+    return min(candidates(problem), key=lambda config: _cost(problem, config, num_multiprocessors))
+
+
+def candidates(problem: Problem) -> Iterator[GroupNormConfig]:
+    """Yield the configs that are valid for a problem, all of which compile without spills."""
+    yield from _whole_group_candidates(problem)
+    yield from _split_candidates(problem)
+
+
+def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
+    """Yield resident and looped configs; there are none where a group straddles the concatenation's boundary."""
+    held_limit = (_HELD_ELEMENTS if problem.element_bytes == 2 else _HELD_ELEMENTS_FP32)[problem.backward]
+    if problem.dropout:
+        held_limit //= 2
+    if problem.channels % problem.group_channels:
+        return
+    parts = [c // problem.group_channels for c in (problem.channels, problem.skip_channels) if c]
+    for groups in _divisors(math.gcd(*parts)):
+        slab, rows = _power_of_two(groups * problem.group_channels), _power_of_two(problem.spatial)
+        if slab > 256:
+            break
+        if slab * rows <= held_limit:
+            warps = min(16, max(1, slab * rows // (32 * (32 if not problem.backward else 16))))
+            for samples in _sample_counts(problem):
+                yield GroupNormConfig(
+                    variant="resident", slab=slab, rows=rows, num_warps=warps, groups=groups, samples=samples
+                )
+        else:
+            tensors = 2 if problem.backward else 1
+            footprint = groups * problem.group_channels * problem.spatial * problem.element_bytes * tensors
+            if footprint <= _WALK_BYTES and slab <= _WALK_ELEMENTS // 8:
+                yield GroupNormConfig(
+                    variant="looped", slab=slab, rows=_WALK_ELEMENTS // slab, num_warps=_WALK_WARPS, groups=groups
+                )
+
+
+def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
+    widest = _power_of_two(max(problem.channels, problem.skip_channels))
+    fold_groups = _fold_groups(problem)
+    for slab in (4, 8, 16, 32, 64, 128):
+        if slab > widest and slab > 4:
+            break
+        rows = min(_WALK_ELEMENTS // slab, max(8, _power_of_two(problem.spatial)))
+        for chunk_rows in _CHUNK_ROWS[problem.element_bytes]:
+            if chunk_rows < rows:
+                continue
+            yield GroupNormConfig(
+                variant="split", slab=slab, rows=rows, num_warps=_WALK_WARPS, groups=fold_groups,
+                tiles=chunk_rows // rows,
+            )  # fmt: skip
+            if chunk_rows >= problem.spatial:
+                break
+
+
+def _fold_groups(problem: Problem) -> int:
+    """Return how many groups a program of the fold owns: enough for whole sectors of fp32 partial sums."""
+    for groups in _divisors(problem.num_groups):
+        if groups * problem.group_channels >= 32 or groups == problem.num_groups:
+            return groups
+    raise AssertionError
+
+
+def _sample_counts(problem: Problem) -> Iterator[int]:
+    count = 1
+    while count == 1 or (count <= problem.num_samples and count * problem.spatial <= 4096):
+        yield count
+        count *= 2
+
+
+def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -> float:
+    """Estimate the time of a config, in passes over one image tensor at full bandwidth."""
+    passes, rereads = {
+        ("resident", False): (2.0, 0.0), ("looped", False): (2.0, 1.0), ("split", False): (3.0, 0.0),
+        ("resident", True): (3.0, 0.0), ("looped", True): (3.0, 2.0), ("split", True): (5.0, 0.0),
+    }[config.variant, problem.backward]  # fmt: skip
+    used = config.slab if config.variant == "split" else config.groups * problem.group_channels
+    sectors = _sector_overhead(problem, used)
+    # What is not the image: fp32 parameters and statistics for each sample, and for each chunk the partial sums.
+    positions = problem.spatial if config.variant != "split" else min(problem.spatial, config.rows * config.tiles)
+    small = (16.0 if problem.backward else 8.0) / config.samples if config.variant != "split" else 24.0
+    passes = passes * sectors + small / (positions * problem.element_bytes)
+    if config.variant == "split":
+        lanes = 1.0 if used % 8 == 0 or not problem.channels_last else 1.5
+        passes += 0.25  # two more launches
+    else:
+        lanes = config.slab / used
+    # A re-read from L2 costs about a third of one from memory. [estimate]
+    passes += rereads / 3.0
+    programs = config.num_programs(problem)
+    idle = max(1.0, num_multiprocessors / programs)
+    if problem.bytes < _SMALL_BYTES:
+        idle = max(1.0, idle / 4.0)
+    elif programs < 2 * num_multiprocessors:
+        idle *= 1.1
+    return passes * idle * max(1.0, 0.75 * lanes)
+
+
+def _sector_overhead(problem: Problem, channels: int) -> float:
+    """Return the bytes of the 32-byte sectors that a program touches over the bytes that it needs."""
+    if problem.channels_last:
+        piece, pitch = channels * problem.element_bytes, math.gcd(problem.channels, problem.skip_channels)
+        pitch *= problem.element_bytes
+    else:
+        piece = pitch = problem.spatial * problem.element_bytes * channels
+    step = math.gcd(piece, pitch, _SECTOR_BYTES)
+    return (piece + _SECTOR_BYTES - step) / piece
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _power_of_two(number: int) -> int:
+    """Return the least power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
