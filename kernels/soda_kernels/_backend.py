@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE
+from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE, description
 
 Backend = Literal["auto", "reference"]
 
@@ -101,21 +101,24 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in (AUTO_NAMESPACE, REFERENCE_NAMESPACE):
-            self.choices.append(_choice(func, tree_flatten(args)[0]))
+            self.choices.append(_choice(func, args))
         return func(*args, **(kwargs or {}))
 
 
-def _choice(func: Any, leaves: list[Any]) -> OpChoice:
-    """Ask the dispatcher what runs `func` on the device of its first tensor."""
-    device = next(leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor))
+def _choice(func: Any, args: tuple[Any, ...]) -> OpChoice:
+    """Ask the dispatcher what runs `func` on the device of its first tensor, and the op with which config."""
+    device = next(leaf.device for leaf in tree_flatten(args)[0] if isinstance(leaf, torch.Tensor))
     name = func._schema.name.split("::")[1]
+    backend: str = "reference"
+    config: dict[str, Any] = {}
     if func.namespace == REFERENCE_NAMESPACE:
         reason = "asked for by use_backend"
     elif device.type == "meta":
-        return OpChoice(op=name, device="meta", backend="meta", reason="meta tensors have shapes and no values")
-    elif func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, device.type.upper())):
-        kind = "native" if device.type == "cpu" else "triton"
-        return OpChoice(op=name, device=str(device), backend=kind, reason=f"a kernel is registered for {device.type}")
-    else:
+        backend, reason = "meta", "meta tensors have shapes and no values"
+    elif not func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, device.type.upper())):
         reason = f"no kernel is registered for {device.type}"
-    return OpChoice(op=name, device=str(device), backend="reference", reason=reason)
+    else:
+        describe = description(name)
+        assert describe is not None, f"{name} has a kernel for {device.type} and does not describe it"
+        backend, config, reason = describe(device.type, *args)
+    return OpChoice(op=name, device=str(device), backend=backend, config=config, reason=reason)

@@ -19,7 +19,21 @@ REFERENCE_NAMESPACE = "soda_kernels_reference"
 _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in (AUTO_NAMESPACE, REFERENCE_NAMESPACE)}
 
 
-def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+# How an op tells `explain` what it would run: (backend, launch config, reason) from the device type and its arguments.
+Describe = Callable[..., tuple[str, dict[str, Any], str]]
+
+_DESCRIPTIONS: dict[str, Describe] = {}
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    gpu: Callable[..., Any] | None = None,
+    describe: Describe | None = None,
+) -> None:
     """Register an op with its reference implementation and its shape function.
 
     Args:
@@ -28,22 +42,34 @@ def define(name: str, schema: str, *, reference: Callable[..., Any], fake: Calla
         reference: plain PyTorch, forward or closed-form backward; it must not call autograd and must not return an
             input. It runs with autocast off, since the op's arguments already have the dtypes it is meant to see.
         fake: takes the same arguments and returns empty tensors with the outputs' true shapes, dtypes and strides.
+        gpu: runs the op on tensors of a CUDA or ROCm device. It imports Triton inside, never when it is defined.
+        describe: takes a device type and the op's arguments, and says what runs; only for devices with a kernel.
     """
     for namespace, library in _LIBRARIES.items():
         library.define(name + schema)
         library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    if gpu is not None:
+        # PyTorch's builds for ROCm file their devices under the same key.
+        _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(gpu), "CUDA")
+    if describe is not None:
+        _DESCRIPTIONS[name] = describe
 
 
-def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Run `reference` with autocast off, on the device of its first tensor argument."""
+def description(name: str) -> Describe | None:
+    """Return how an op tells what it would run, if it can."""
+    return _DESCRIPTIONS.get(name)
 
-    @functools.wraps(reference)
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an implementation with autocast off, on the device of its first tensor argument."""
+
+    @functools.wraps(implementation)
     def run(*args: Any) -> Any:
         device_type = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
         if not torch.is_autocast_enabled(device_type):
-            return reference(*args)
+            return implementation(*args)
         with torch.autocast(device_type, enabled=False):
-            return reference(*args)
+            return implementation(*args)
 
     return run

@@ -1,7 +1,7 @@
 """How modulated group norm is laid over programs: the possible launch configs, and which one to take unmeasured.
 
-Limits of registers come from compiling for sm_90: 64 elements a thread in 16 warps forward, half of that backward, where
-two tensors are held, keep everything in registers; twice as much spills.
+Limits of registers come from compiling for sm_90: 64 elements a thread in 16 warps forward, half of that backward,
+where two tensors are held, keep everything in registers; twice as much spills.
 """
 
 from __future__ import annotations
@@ -10,16 +10,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from soda_kernels import _tuning
+from soda_kernels._checks import image_memory_format
+
 # Elements that one program keeps in registers, by backward; fp32 inputs take twice the registers of 16-bit ones.
 _HELD_ELEMENTS = {False: 32768, True: 16384}
 _HELD_ELEMENTS_FP32 = {False: 16384, True: 8192}
-# Elements of a tile of a program that walks: sixteen a thread in four warps, for three or four fp32 tensors of a tile.
+# Elements of a tile of a program that walks over several, and the warps that share it, in one launch and if split.
 _WALK_ELEMENTS = 2048
-_WALK_WARPS = 4
+_LOOPED_WARPS, _SPLIT_WARPS = 8, 4
 # A walking program's groups must still lie in the L2 cache when it comes back to them: with one program on each of 132
 # multiprocessors, 224 KiB each is 29 MiB, half of an H100's or H200's L2.
 _WALK_BYTES = 224 * 1024
-# Rows of a chunk in the split variant, by bytes of an element: the fp32 workspace is then below 2% of the image tensors.
+# Rows of a chunk in the split variant, by bytes of an element: the fp32 workspace is then some 2% of the image tensors.
 _CHUNK_ROWS = {2: (256, 512, 1024), 4: (128, 256, 512)}
 # Below this size a launch costs more than the traffic, so parallelism counts less than the number of launches.
 _SMALL_BYTES = 1 << 20
@@ -40,6 +46,16 @@ class Problem:
     element_bytes: int
     dropout: bool
 
+    @classmethod
+    def of(cls, x: Tensor, skip: Tensor | None, num_groups: int, *, backward: bool, dropout: bool) -> Problem:
+        """Describe a call by its tensors."""
+        return cls(
+            backward=backward, num_samples=len(x), channels=x.shape[1],
+            skip_channels=0 if skip is None else skip.shape[1], num_groups=num_groups, spatial=x.shape[2:].numel(),
+            channels_last=image_memory_format(x) != torch.contiguous_format, element_bytes=x.element_size(),
+            dropout=dropout,
+        )  # fmt: skip
+
     @property
     def all_channels(self) -> int:
         """Channels of the normalized tensor."""
@@ -58,11 +74,10 @@ class Problem:
     @property
     def key(self) -> str:
         """Name the problem in a table of tuned configs; batches within a factor of two share an entry."""
-        batch = 1 << max(0, self.num_samples - 1).bit_length()
-        return (
-            f"{'bwd' if self.backward else 'fwd'}-{'nhwc' if self.channels_last else 'nchw'}-{self.element_bytes}b-n{batch}"
-            f"-c{self.channels}+{self.skip_channels}-g{self.num_groups}-s{self.spatial}{'-dropout' if self.dropout else ''}"
-        )
+        mode, layout = ("bwd" if self.backward else "fwd"), ("nhwc" if self.channels_last else "nchw")
+        batch = _power_of_two(self.num_samples)
+        shape = f"n{batch}-c{self.channels}+{self.skip_channels}-g{self.num_groups}-s{self.spatial}"
+        return f"{mode}-{layout}-{8 * self.element_bytes}bit-{shape}{'-dropout' if self.dropout else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +106,14 @@ class GroupNormConfig:
         return problem.num_groups // self.groups * math.ceil(problem.num_samples / self.samples)
 
 
+def choose(problem: Problem, device: torch.device) -> GroupNormConfig:
+    """Return the config that was tuned for the problem on this GPU, or the heuristic's."""
+    tuned = _tuning.look_up("group_norm", problem.key, device)
+    return GroupNormConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
+
+
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> GroupNormConfig:
-    """Return the config whose estimated cost is least."""
+    """Return the config whose estimated cost is least, of those that touch whole sectors and fill the chip."""
     return min(candidates(problem), key=lambda config: _cost(problem, config, num_multiprocessors))
 
 
@@ -104,9 +125,7 @@ def candidates(problem: Problem) -> Iterator[GroupNormConfig]:
 
 def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
     """Yield resident and looped configs; there are none where a group straddles the concatenation's boundary."""
-    held_limit = (_HELD_ELEMENTS if problem.element_bytes == 2 else _HELD_ELEMENTS_FP32)[problem.backward]
-    if problem.dropout:
-        held_limit //= 2
+    held_limit = _held_limit(problem)
     if problem.channels % problem.group_channels:
         return
     parts = [c // problem.group_channels for c in (problem.channels, problem.skip_channels) if c]
@@ -114,8 +133,10 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
         slab, rows = _power_of_two(groups * problem.group_channels), _power_of_two(problem.spatial)
         if slab > 256:
             break
-        if slab * rows <= held_limit:
-            warps = min(16, max(1, slab * rows // (32 * (32 if not problem.backward else 16))))
+        # Sums over several groups of a channels_last slab take the registers of half a backward tile.
+        crowded = problem.backward and problem.channels_last and groups > 1
+        if slab * rows <= (held_limit // 2 if crowded else held_limit):
+            warps = min(16, max(1, slab * rows // (32 * (16 if problem.backward else 32))))
             for samples in _sample_counts(problem):
                 yield GroupNormConfig(
                     variant="resident", slab=slab, rows=rows, num_warps=warps, groups=groups, samples=samples
@@ -125,8 +146,15 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
             footprint = groups * problem.group_channels * problem.spatial * problem.element_bytes * tensors
             if footprint <= _WALK_BYTES and slab <= _WALK_ELEMENTS // 8:
                 yield GroupNormConfig(
-                    variant="looped", slab=slab, rows=_WALK_ELEMENTS // slab, num_warps=_WALK_WARPS, groups=groups
+                    variant="looped", slab=slab, rows=_WALK_ELEMENTS // slab, num_warps=_LOOPED_WARPS, groups=groups
                 )
+
+
+def _held_limit(problem: Problem) -> int:
+    """Return how many elements a program can keep in registers."""
+    limit = (_HELD_ELEMENTS if problem.element_bytes == 2 else _HELD_ELEMENTS_FP32)[problem.backward]
+    # The integers of the dropout mask take their share, twice in the backward: they compete with both tensors.
+    return limit // (4 if problem.backward else 2) if problem.dropout else limit
 
 
 def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
@@ -140,7 +168,7 @@ def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
             if chunk_rows < rows:
                 continue
             yield GroupNormConfig(
-                variant="split", slab=slab, rows=rows, num_warps=_WALK_WARPS, groups=fold_groups,
+                variant="split", slab=slab, rows=rows, num_warps=_SPLIT_WARPS, groups=fold_groups,
                 tiles=chunk_rows // rows,
             )  # fmt: skip
             if chunk_rows >= problem.spatial:
@@ -157,7 +185,7 @@ def _fold_groups(problem: Problem) -> int:
 
 def _sample_counts(problem: Problem) -> Iterator[int]:
     count = 1
-    while count == 1 or (count <= problem.num_samples and count * problem.spatial <= 4096):
+    while count == 1 or (count <= problem.num_samples and count * problem.spatial <= 1024):
         yield count
         count *= 2
 
@@ -179,6 +207,8 @@ def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -
         passes += 0.25  # two more launches
     else:
         lanes = config.slab / used
+        if sectors > 1.0 or (problem.bytes >= _SMALL_BYTES and config.num_programs(problem) < num_multiprocessors):
+            return math.inf
     # A re-read from L2 costs about a third of one from memory. [estimate]
     passes += rereads / 3.0
     programs = config.num_programs(problem)
@@ -192,7 +222,7 @@ def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -
 
 def _sector_overhead(problem: Problem, channels: int) -> float:
     """Return the bytes of the 32-byte sectors that a program touches over the bytes that it needs."""
-    if problem.channels_last:
+    if problem.channels_last and channels != problem.all_channels:
         piece, pitch = channels * problem.element_bytes, math.gcd(problem.channels, problem.skip_channels)
         pitch *= problem.element_bytes
     else:

@@ -118,42 +118,65 @@ def spread(values, GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, SLAB: tl.
 
 
 @triton.jit
-def load_or(pointer, offsets, mask, default: tl.constexpr, SLAB: tl.constexpr):
-    """Load [SLAB] parameters in fp32, or `default` where there is no such parameter."""
-    if pointer is None:
-        return tl.full((SLAB,), default, tl.float32)
-    else:
-        return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def modulate(scale, shift, scale_ptr, shift_ptr, row, scale_stride, shift_stride, channel, mask, scale_offset):
-    """Apply one modulation to a folded (scale, shift) of [SLAB] channels; the identity if there is none."""
-    if scale_ptr is None:
-        return scale, shift
-    else:
-        factor = tl.load(scale_ptr + row * scale_stride + channel, mask=mask, other=0.0).to(tl.float32) + scale_offset
-        moved = tl.load(shift_ptr + row * shift_stride + channel, mask=mask, other=0.0).to(tl.float32)
-        return scale * factor, shift * factor + moved
-
-
-@triton.jit
-def modulation_gradient(
-    dscale, dshift, scale, shift, scale_ptr, dscale_ptr, dshift_ptr, row, scale_stride, channels, channel, mask,
-    scale_offset,
+def folded(
+    weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, sample,
+    scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, mask, scale_offset, SLAB: tl.constexpr,
 ):  # fmt: skip
-    """Store one modulation's gradients and return those of the (scale, shift) before it.
+    """Return scale and shift [SLAB], in fp32, of weight and bias followed by the modulations that are not None."""
+    scale, shift = tl.full((SLAB,), 1.0, tl.float32), tl.zeros((SLAB,), tl.float32)
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        shift = tl.load(bias_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    if scale1_ptr is not None:
+        factor = _load_factor(scale1_ptr + sample * scale1_stride + channel, mask, scale_offset)
+        scale *= factor
+        shift = shift * factor + tl.load(shift1_ptr + sample * shift1_stride + channel, mask, 0.0).to(tl.float32)
+    if scale2_ptr is not None:
+        factor = _load_factor(scale2_ptr + sample * scale2_stride + channel, mask, scale_offset)
+        scale *= factor
+        shift = shift * factor + tl.load(shift2_ptr + sample * shift2_stride + channel, mask, 0.0).to(tl.float32)
+    return scale, shift
 
-    (dscale, dshift) are the gradients of the folded pair after this modulation, (scale, shift) the pair before it.
+
+@triton.jit
+def parameter_gradients(
+    dscale, dshift, weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr,
+    dscale1_ptr, dshift1_ptr, dscale2_ptr, dshift2_ptr, sample,
+    scale1_stride, shift1_stride, scale2_stride, channels, channel, mask, scale_offset, SLAB: tl.constexpr,
+):  # fmt: skip
+    """Store the modulations' gradients and return this sample's terms of those of weight and bias.
+
+    (dscale, dshift) are the gradients of the folded pair. Parameters are loaded again, from the L1 cache: held since
+    their first use they would cost the image tile its registers.
     """
-    if scale_ptr is None:
-        return dscale, dshift
-    else:
-        own = row * channels + channel
-        tl.store(dscale_ptr + own, (scale * dscale + shift * dshift).to(dscale_ptr.dtype.element_ty), mask=mask)
-        tl.store(dshift_ptr + own, dshift.to(dshift_ptr.dtype.element_ty), mask=mask)
-        factor = tl.load(scale_ptr + row * scale_stride + channel, mask=mask, other=0.0).to(tl.float32) + scale_offset
-        return dscale * factor, dshift * factor
+    own = sample * channels + channel
+    if scale2_ptr is not None:
+        scale, shift = folded(
+            weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, None, None, sample, scale1_stride, shift1_stride, 0, 0,
+            channel, mask, scale_offset, SLAB,
+        )  # fmt: skip
+        tl.store(dscale2_ptr + own, (scale * dscale + shift * dshift).to(dscale2_ptr.dtype.element_ty), mask=mask)
+        tl.store(dshift2_ptr + own, dshift.to(dshift2_ptr.dtype.element_ty), mask=mask)
+        factor = _load_factor(scale2_ptr + sample * scale2_stride + channel, mask, scale_offset)
+        dscale *= factor
+        dshift *= factor
+    if scale1_ptr is not None:
+        scale, shift = folded(
+            weight_ptr, bias_ptr, None, None, None, None, sample, 0, 0, 0, 0, channel, mask, scale_offset, SLAB
+        )
+        tl.store(dscale1_ptr + own, (scale * dscale + shift * dshift).to(dscale1_ptr.dtype.element_ty), mask=mask)
+        tl.store(dshift1_ptr + own, dshift.to(dshift1_ptr.dtype.element_ty), mask=mask)
+        factor = _load_factor(scale1_ptr + sample * scale1_stride + channel, mask, scale_offset)
+        dscale *= factor
+        dshift *= factor
+    return dscale, dshift
+
+
+@triton.jit
+def _load_factor(pointers, mask, scale_offset):
+    """Return scale + offset, formed in fp32: a bf16 sum would lose the scale."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + scale_offset
 
 
 @triton.jit

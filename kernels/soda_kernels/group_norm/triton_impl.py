@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soda_kernels import _tuning
 from soda_kernels._checks import image_memory_format
 from soda_kernels._launch import Launch, Plan
 from soda_kernels._philox import keep_threshold
 from soda_kernels.group_norm import triton_resident as resident
 from soda_kernels.group_norm import triton_split as split
-from soda_kernels.group_norm.config import GroupNormConfig, Problem, heuristic
+from soda_kernels.group_norm.config import GroupNormConfig, Problem, choose
 
 # Rows that one program of the last reduction reads at a time, and its channels: whole sectors, four warps.
 _REDUCE_ROWS, _REDUCE_SLAB = 16, 64
@@ -32,8 +31,8 @@ def plan_forward(
 ) -> Plan:  # fmt: skip
     """Plan the op `modulated_group_norm`, whose arguments these are; x must not be empty."""
     layout = image_memory_format(x)
-    x, skip, residual = (None if t is None else t.contiguous(memory_format=layout) for t in (x, skip, residual))
-    problem = describe(x, skip, num_groups, backward=False, dropout=dropout_p > 0.0)
+    x, (skip, residual) = x.contiguous(memory_format=layout), _in_layout(layout, skip, residual)
+    problem = Problem.of(x, skip, num_groups, backward=False, dropout=dropout_p > 0.0)
     config = config or choose(problem, x.device)
     y = _image_like(x, problem.all_channels, layout)
     summed = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.preserve_format)
@@ -105,9 +104,9 @@ def plan_backward(
 ) -> Plan:  # fmt: skip
     """Plan the op `modulated_group_norm_backward`, whose arguments these are; x must not be empty."""
     layout = image_memory_format(x)
-    x, skip, dsummed = (None if t is None else t.contiguous(memory_format=layout) for t in (x, skip, dsummed))
-    dy = dy.contiguous(memory_format=layout)  # a compiled backward may hand on a gradient in another layout
-    problem = describe(x, skip, rstd.shape[1], backward=True, dropout=dropout_p > 0.0)
+    # A compiled backward may hand on a gradient in another layout.
+    x, dy, (skip, dsummed) = *(t.contiguous(memory_format=layout) for t in (x, dy)), _in_layout(layout, skip, dsummed)
+    problem = Problem.of(x, skip, rstd.shape[1], backward=True, dropout=dropout_p > 0.0)
     config = config or choose(problem, x.device)
     dx = _image_like(x, problem.channels, layout)
     dskip = x.new_empty(0) if skip is None else _image_like(x, problem.skip_channels, layout)
@@ -116,7 +115,9 @@ def plan_backward(
     outputs = (dx, dskip, dweight, dbias, dmodulations)
     wants_sums = weight is not None or bias is not None
     parameters = _parameters(weight, bias, modulations, scale_offset)
-    gradients = dict(zip(("dscale1_ptr", "dshift1_ptr", "dscale2_ptr", "dshift2_ptr"), (*dmodulations, *[None] * 4)))
+    absent = [None] * (4 - len(dmodulations))
+    names = ("dscale1_ptr", "dshift1_ptr", "dscale2_ptr", "dshift2_ptr")
+    gradients = dict(zip(names, (*dmodulations, *absent), strict=True))
     dropout, dropout_constants = _dropout(problem, config, dropout_p, seed)
     image = {**_image_arguments(problem, config, x, skip), "dy_ptr": dy}
     targets = {"dx_ptr": dx, "dskip_ptr": None if skip is None else dskip, "dsummed_ptr": dsummed}
@@ -201,20 +202,8 @@ def backward(*arguments: Any) -> tuple[Any, ...]:
     return plan_backward(*arguments).run()
 
 
-def describe(x: Tensor, skip: Tensor | None, num_groups: int, *, backward: bool, dropout: bool) -> Problem:
-    """Return what the choice of a config depends on."""
-    return Problem(
-        backward=backward, num_samples=len(x), channels=x.shape[1], skip_channels=0 if skip is None else skip.shape[1],
-        num_groups=num_groups, spatial=x.shape[2:].numel(),
-        channels_last=image_memory_format(x) != torch.contiguous_format,
-        element_bytes=x.element_size(), dropout=dropout,
-    )  # fmt: skip
-
-
-def choose(problem: Problem, device: torch.device) -> GroupNormConfig:
-    """Return the tuned config of this GPU for the problem, or the heuristic's."""
-    tuned = _tuning.look_up("group_norm", problem.key, device)
-    return GroupNormConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
+def _in_layout(layout: torch.memory_format, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous(memory_format=layout) for t in tensors]
 
 
 def _image_like(x: Tensor, channels: int, layout: torch.memory_format) -> Tensor:

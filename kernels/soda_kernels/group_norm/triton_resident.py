@@ -1,7 +1,8 @@
 """Group norm in one launch: a program owns whole groups of a sample, and nothing of them is read from memory twice.
 
-Where one tile holds the groups they stay in registers; otherwise the program walks over them twice, and the second walk
-finds them in the L1 or L2 cache. Memory traffic is the floor in both cases: x read, y written; x and dy read, dx written.
+Where one tile holds the groups they stay in registers; otherwise the program walks over them twice, and the second
+walk finds them in the L1 or L2 cache. Memory traffic is the floor in both cases: x read, y written; x and dy read, dx
+written.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ def _modulated_group_norm_fwd_resident_kernel(
     owned = column < GROUPS * GROUP_CHANNELS
     channel = first_channel + column
     elements = tl.cast(spatial, tl.float32) * GROUP_CHANNELS
-    weight = device.load_or(weight_ptr, channel, owned, 1.0, SLAB)
-    bias = device.load_or(bias_ptr, channel, owned, 0.0, SLAB)
 
     for sample in range(first_sample, tl.minimum(first_sample + SAMPLES, num_samples)):
         wide_sample = tl.cast(sample, tl.int64)
@@ -95,12 +94,10 @@ def _modulated_group_norm_fwd_resident_kernel(
         tl.store(mean_ptr + statistic, mean + pivot_g, mask=group < GROUPS)
         tl.store(rstd_ptr + statistic, rstd, mask=group < GROUPS)
 
-        scale, shift = device.modulate(
-            weight, bias, scale1_ptr, shift1_ptr, wide_sample, scale1_stride, shift1_stride, channel, owned, scale_offset
-        )
-        scale, shift = device.modulate(
-            scale, shift, scale2_ptr, shift2_ptr, wide_sample, scale2_stride, shift2_stride, channel, owned, scale_offset
-        )
+        scale, shift = device.folded(
+            weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, wide_sample,
+            scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, owned, scale_offset, SLAB,
+        )  # fmt: skip
         scale *= device.spread(rstd, GROUP_CHANNELS, GROUPS_PADDED, SLAB)
         if HELD:
             y = device.activate(x * scale[None, :] + shift[None, :], SILU)
@@ -115,7 +112,7 @@ def _modulated_group_norm_fwd_resident_kernel(
             tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
         else:
             num_tiles = tl.cdiv(spatial, ROWS)
-            for index in range(0, num_tiles):
+            for index in range(num_tiles):
                 start = (num_tiles - 1 - index) * ROWS  # the tiles read last are the nearest in the caches
                 mask = (start + row < spatial)[:, None] & owned[None, :]
                 x = device.load_sum(
@@ -161,18 +158,13 @@ def _modulated_group_norm_bwd_resident_kernel(
     owned = column < GROUPS * GROUP_CHANNELS
     channel = first_channel + column
     elements = tl.cast(spatial, tl.float32) * GROUP_CHANNELS
-    weight = device.load_or(weight_ptr, channel, owned, 1.0, SLAB)
-    bias = device.load_or(bias_ptr, channel, owned, 0.0, SLAB)
     dweight, dbias = tl.zeros((SLAB,), tl.float32), tl.zeros((SLAB,), tl.float32)
 
     for sample in range(block * SAMPLES, tl.minimum((block + 1) * SAMPLES, num_samples)):
         wide_sample = tl.cast(sample, tl.int64)
-        scale1, shift1 = device.modulate(
-            weight, bias, scale1_ptr, shift1_ptr, wide_sample, scale1_stride, shift1_stride, channel, owned, scale_offset
-        )
-        scale, shift = device.modulate(
-            scale1, shift1, scale2_ptr, shift2_ptr, wide_sample, scale2_stride, shift2_stride, channel, owned,
-            scale_offset,
+        scale, shift = device.folded(
+            weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, wide_sample,
+            scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, owned, scale_offset, SLAB,
         )  # fmt: skip
         statistic = wide_sample * num_groups + channel // GROUP_CHANNELS
         mean = tl.load(mean_ptr + statistic, mask=owned, other=0.0)
@@ -214,7 +206,7 @@ def _modulated_group_norm_bwd_resident_kernel(
             )  # fmt: skip
         else:
             num_tiles = tl.cdiv(spatial, ROWS)
-            for index in range(0, num_tiles):
+            for index in range(num_tiles):
                 start = (num_tiles - 1 - index) * ROWS  # the tiles read last are the nearest in the caches
                 mask = (start + row < spatial)[:, None] & owned[None, :]
                 x, dp = device.load_gradient(
@@ -227,16 +219,16 @@ def _modulated_group_norm_bwd_resident_kernel(
                     part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
                 )  # fmt: skip
 
-        dscale, dshift = device.modulation_gradient(
-            dscale, dshift, scale1, shift1, scale2_ptr, dscale2_ptr, dshift2_ptr, wide_sample, scale2_stride,
-            all_channels, channel, owned, scale_offset,
+        dscale, dshift = device.parameter_gradients(
+            dscale, dshift, weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr,
+            dscale1_ptr, dshift1_ptr, dscale2_ptr, dshift2_ptr, wide_sample,
+            scale1_stride, shift1_stride, scale2_stride, all_channels, channel, owned, scale_offset, SLAB,
         )  # fmt: skip
-        dscale, dshift = device.modulation_gradient(
-            dscale, dshift, weight, bias, scale1_ptr, dscale1_ptr, dshift1_ptr, wide_sample, scale1_stride,
-            all_channels, channel, owned, scale_offset,
-        )  # fmt: skip
-        dweight += dscale
-        dbias += dshift
+        if SAMPLES == 1:  # sums over one sample would still cost registers
+            dweight, dbias = dscale, dshift
+        else:
+            dweight += dscale
+            dbias += dshift
 
     if sums_ptr is not None:
         own = tl.cast(block, tl.int64) * all_channels + channel

@@ -115,14 +115,10 @@ def _modulated_group_norm_fwd_fold_kernel(
     tl.store(mean_ptr + statistic, mean, mask=group < GROUPS)
     tl.store(rstd_ptr + statistic, rstd, mask=group < GROUPS)
 
-    scale = device.load_or(weight_ptr, channel, owned, 1.0, SLAB)
-    shift = device.load_or(bias_ptr, channel, owned, 0.0, SLAB)
-    scale, shift = device.modulate(
-        scale, shift, scale1_ptr, shift1_ptr, sample, scale1_stride, shift1_stride, channel, owned, scale_offset
-    )
-    scale, shift = device.modulate(
-        scale, shift, scale2_ptr, shift2_ptr, sample, scale2_stride, shift2_stride, channel, owned, scale_offset
-    )
+    scale, shift = device.folded(
+        weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, sample,
+        scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, owned, scale_offset, SLAB,
+    )  # fmt: skip
     scale *= device.spread(rstd, GROUP_CHANNELS, GROUPS_PADDED, SLAB)
     # What the mean lost when it was rounded to fp32 goes into the shift.
     lost = (pivot_g - mean) + away_g
@@ -171,7 +167,9 @@ def _modulated_group_norm_fwd_apply_kernel(
                 seed_ptr, sample, start, first_channel, spatial, threshold, ROWS, SLAB, SEED_PER_SAMPLE, EIGHTS
             )
             y = tl.where(keep, y * keep_scale, 0.0)
-        y_tile = device.tile(y_ptr, sample, start, first_channel, spatial, all_channels, ROWS, SLAB, CHANNELS_LAST, WIDE)
+        y_tile = device.tile(
+            y_ptr, sample, start, first_channel, spatial, all_channels, ROWS, SLAB, CHANNELS_LAST, WIDE
+        )
         tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
@@ -201,14 +199,10 @@ def _modulated_group_norm_bwd_sums_kernel(
     statistic = sample * (all_channels // GROUP_CHANNELS) + channel // GROUP_CHANNELS
     mean = tl.load(mean_ptr + statistic, mask=owned, other=0.0)
     rstd = tl.load(rstd_ptr + statistic, mask=owned, other=0.0)
-    scale = device.load_or(weight_ptr, channel, owned, 1.0, SLAB)
-    shift = device.load_or(bias_ptr, channel, owned, 0.0, SLAB)
-    scale, shift = device.modulate(
-        scale, shift, scale1_ptr, shift1_ptr, sample, scale1_stride, shift1_stride, channel, owned, scale_offset
-    )
-    scale, shift = device.modulate(
-        scale, shift, scale2_ptr, shift2_ptr, sample, scale2_stride, shift2_stride, channel, owned, scale_offset
-    )
+    scale, shift = device.folded(
+        weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, sample,
+        scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, owned, scale_offset, SLAB,
+    )  # fmt: skip
     position_dshift = tl.zeros((ROWS, SLAB), tl.float32)
     position_dscale = tl.zeros((ROWS, SLAB), tl.float32)
     for start in range(first_row, stop_row, ROWS):
@@ -254,14 +248,10 @@ def _modulated_group_norm_bwd_fold_kernel(
         position_dscale += tl.load(first + (chunk * 2 + 1) * all_channels, mask=mask, other=0.0)
     dshift, dscale = tl.sum(position_dshift, axis=0), tl.sum(position_dscale, axis=0)
 
-    weight = device.load_or(weight_ptr, channel, owned, 1.0, SLAB)
-    bias = device.load_or(bias_ptr, channel, owned, 0.0, SLAB)
-    scale1, shift1 = device.modulate(
-        weight, bias, scale1_ptr, shift1_ptr, sample, scale1_stride, shift1_stride, channel, owned, scale_offset
-    )
-    scale, shift = device.modulate(
-        scale1, shift1, scale2_ptr, shift2_ptr, sample, scale2_stride, shift2_stride, channel, owned, scale_offset
-    )
+    scale, shift = device.folded(
+        weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, sample,
+        scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, owned, scale_offset, SLAB,
+    )  # fmt: skip
     statistic = sample * (all_channels // GROUP_CHANNELS) + channel // GROUP_CHANNELS
     rstd = tl.load(rstd_ptr + statistic, mask=owned, other=0.0)
     c1 = device.group_sum(scale * dshift, GROUP_CHANNELS, GROUPS_PADDED, SLAB) / elements
@@ -272,13 +262,10 @@ def _modulated_group_norm_bwd_fold_kernel(
     tl.store(slot + 2 * all_channels, device.spread(c1, GROUP_CHANNELS, GROUPS_PADDED, SLAB) * rstd, mask=owned)
     tl.store(slot + 3 * all_channels, device.spread(c2, GROUP_CHANNELS, GROUPS_PADDED, SLAB) * rstd * rstd, mask=owned)
 
-    dscale, dshift = device.modulation_gradient(
-        dscale, dshift, scale1, shift1, scale2_ptr, dscale2_ptr, dshift2_ptr, sample, scale2_stride, all_channels,
-        channel, owned, scale_offset,
-    )  # fmt: skip
-    dscale, dshift = device.modulation_gradient(
-        dscale, dshift, weight, bias, scale1_ptr, dscale1_ptr, dshift1_ptr, sample, scale1_stride, all_channels,
-        channel, owned, scale_offset,
+    dscale, dshift = device.parameter_gradients(
+        dscale, dshift, weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr,
+        dscale1_ptr, dshift1_ptr, dscale2_ptr, dshift2_ptr, sample,
+        scale1_stride, shift1_stride, scale2_stride, all_channels, channel, owned, scale_offset, SLAB,
     )  # fmt: skip
     if sums_ptr is not None:
         own = sums_ptr + sample * all_channels + channel

@@ -1,0 +1,59 @@
+// Chooses among the instruction sets that the kernels were compiled for.
+
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace soda {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const GroupNormKernels* group_norm;
+  bool available;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// Best first.
+const InstructionSet instruction_sets[] = {
+#if defined(__x86_64__)
+    {"avx512", &avx512::group_norm, has_avx512()},
+    {"avx2", &avx2::group_norm, has_avx2()},
+#endif
+    {"generic", &generic::group_norm, true},
+};
+
+const InstructionSet* best() {
+  const InstructionSet* set = instruction_sets;
+  while (!set->available) ++set;
+  return set;
+}
+
+std::atomic<const InstructionSet*> current{best()};
+
+}  // namespace
+
+const GroupNormKernels& group_norm_kernels() { return *current.load(std::memory_order_relaxed)->group_norm; }
+
+}  // namespace soda
+
+const char* soda_kernels_isa() { return soda::current.load()->name; }
+
+int soda_kernels_use_isa(const char* name) {
+  for (const auto& set : soda::instruction_sets) {
+    if (set.available && std::strcmp(set.name, name) == 0) {
+      soda::current.store(&set);
+      return 1;
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,15 @@
+// The instruction set that the kernels run with: the best that this processor has, or the one that was asked for.
+#pragma once
+
+#include "group_norm.h"
+
+namespace soda {
+
+const GroupNormKernels& group_norm_kernels();
+
+}  // namespace soda
+
+// For Python's ctypes. The name in use; and a request for another, which is refused (0) if this processor or this build
+// does not have it.
+extern "C" __attribute__((visibility("default"))) const char* soda_kernels_isa();
+extern "C" __attribute__((visibility("default"))) int soda_kernels_use_isa(const char* name);
