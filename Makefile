@@ -30,15 +30,17 @@ types: $(READY)  ## check the types
 check: lint types test  ## all three
 
 clean:  ## remove the environment, builds and caches; keeps runs/
+	rm -f kernels/soda_kernels/libsoda_kernels.so kernels/soda_kernels/native_build.txt
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find kernels engine benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
-# READY holds the TORCH it was made with and is written last: another TORCH, a changed dependency or an interrupted
-# install runs pip again. One pip call for everything, so that no dependency can bring another PyTorch.
+# READY holds the TORCH it was made with and is written last: another TORCH, a changed dependency or C++ source, or an
+# interrupted install runs pip again. PyTorch comes first, since the native library is built against its headers; it is
+# named again with everything else, so that no dependency can bring another one.
 ifneq ($(shell cat $(READY) 2>/dev/null),$(TORCH))
 .PHONY: $(READY)
 endif
-$(READY): setup.py pyproject.toml
+$(READY): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "soda-engine needs Python 3.11 or newer, which '$(PYTHON)' is not: try make PYTHON=python3.12" >&2; exit 1; }
@@ -46,5 +48,7 @@ $(READY): setup.py pyproject.toml
 		echo "'$(PYTHON)' has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@echo "Installing into $(VENV): a few minutes the first time, most of them for PyTorch"
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[engine,test]'
+	@$(BIN)/python -c 'from soda_kernels import _native; _native.load(); print(_native.status())'
 	@echo '$(TORCH)' > $@

@@ -19,6 +19,10 @@ import torch
 _cache = tempfile.TemporaryDirectory(prefix="soda-tests-")
 os.environ.update(HF_HOME=_cache.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", MPLBACKEND="Agg")
 
+# With no GPU, kernels run in Triton's interpreter; Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A GPU machine may run the kernel tests with PyTorch and pytest alone.
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings

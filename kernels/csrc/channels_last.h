@@ -27,12 +27,6 @@ inline Part<T> part_of(T* image, int64_t channels, int64_t before, int64_t sampl
   return {image + sample * space * channels + (begin - before), channels, begin - first, end > begin ? end - begin : 0};
 }
 
-template <int rows_, bool whole_>
-struct Step {
-  static constexpr int rows = rows_;
-  static constexpr bool whole = whole_;
-};
-
 template <int rows, class F>
 inline void for_row_vectors(int64_t row, int64_t width, F& f) {
   int64_t c = 0;
@@ -56,21 +50,28 @@ inline void for_blocks(int64_t space, F f) {
   }
 }
 
-// Call f(first row, last row, first channel, channels, factors) for the tiles of a part; without dropout there is one
-// tile a block and no factors.
+// Some rows of a block and some channels of a part, with dropout's factors for them.
+struct Tile {
+  int64_t first, last, channel, width;
+  const float* keep;
+
+  const float* factors(int64_t row) const { return keep + (row - first) * tile_channels; }
+};
+
+// Call f(Tile) for the tiles of a part; without dropout there is one tile a block.
 template <bool with_dropout, class T, class F>
 inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_channel, const Part<T>& part, float* keep,
                       F f) {
-  const int64_t tile = with_dropout ? tile_channels : part.width;
+  const int64_t most = with_dropout ? tile_channels : part.width;
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
   for_blocks(norm.space, [&](int64_t first, int64_t last) {
-    for (int64_t c = 0; c < part.width; c += tile) {
-      const int64_t width = part.width - c < tile ? part.width - c : tile;
+    for (int64_t c = 0; c < part.width; c += most) {
+      const int64_t width = part.width - c < most ? part.width - c : most;
       if constexpr (with_dropout) {
         keep_tile(norm.dropout, key, norm.space, first, last - first, first_channel + part.offset + c, width, keep,
                   tile_channels);
       }
-      f(first, last, c, width, keep);
+      f(Tile{first, last, c, width, keep});
     }
   });
 }
@@ -78,35 +79,56 @@ inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_chann
 // Coefficients of the slab's channels.
 struct Coefficients {
   float *mean, *scale, *shift;
+
+  Coefficients(int64_t width, Scratch& scratch)
+      : mean(scratch.take<float>(width)), scale(scratch.take<float>(width)), shift(scratch.take<float>(width)) {}
 };
 
+// Moments as in unit.h of every channel of the slab, in arrays.
+struct ChannelMoments {
+  double *origin, *first, *second, *within;
+
+  ChannelMoments(int64_t width, Scratch& scratch)
+      : origin(scratch.take<double>(width)), first(scratch.take<double>(width)), second(scratch.take<double>(width)),
+        within(scratch.take<double>(width)) {}
+};
+
+// The moments of a block's rows into those of the channels; the three arrays are workspace.
 template <class T>
-inline void merge_part(const Part<const T>& part, int64_t first, int64_t last, float* shift, float* deviations,
-                       float* squares, Moments* moments) {
-  const size_t bytes = static_cast<size_t>(part.width) * sizeof(float);
-  std::memset(shift, 0, bytes), std::memset(deviations, 0, bytes), std::memset(squares, 0, bytes);
+inline void merge_block(const Part<const T>& part, int64_t first, int64_t last, const Coefficients& workspace,
+                        const ChannelMoments& moments) {
+  float *const shift = workspace.mean, *const deviations = workspace.scale, *const squares = workspace.shift;
+  for (int64_t c = 0; c < part.width; ++c) shift[c] = deviations[c] = squares[c] = 0.0f;
   for_rows(first, last, part.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-    constexpr bool w = decltype(step)::whole;
-    Floats total = load_lanes<w>(shift + c, n);
-    for (int r = 0; r < decltype(step)::rows; ++r) total += load_lanes<w>(part.row(row + r) + c, n);
-    store_lanes<w>(shift + c, total, n);
+    Floats value[step.count];
+    for (int r = 0; r < step.count; ++r) value[r] = load_lanes<step.whole>(part.row(row + r) + c, n);
+    store_lanes<step.whole>(shift + c, load_lanes<step.whole>(shift + c, n) + sum(value), n);
   });
   const float rows = static_cast<float>(last - first);
   for (int64_t c = 0; c < part.width; ++c) shift[c] /= rows;
   for_rows(first, last, part.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-    constexpr bool w = decltype(step)::whole;
-    const Floats center = load_lanes<w>(shift + c, n);
-    Floats sum = load_lanes<w>(deviations + c, n), square = load_lanes<w>(squares + c, n);
-    for (int r = 0; r < decltype(step)::rows; ++r) {
-      const Floats centered = load_lanes<w>(part.row(row + r) + c, n) - center;
-      sum += centered;
-      square += centered * centered;
+    const Floats center = load_lanes<step.whole>(shift + c, n);
+    Floats centered[step.count], square[step.count];
+    for (int r = 0; r < step.count; ++r) {
+      centered[r] = load_lanes<step.whole>(part.row(row + r) + c, n) - center;
+      square[r] = centered[r] * centered[r];
     }
-    store_lanes<w>(deviations + c, sum, n);
-    store_lanes<w>(squares + c, square, n);
+    store_lanes<step.whole>(deviations + c, load_lanes<step.whole>(deviations + c, n) + sum(centered), n);
+    store_lanes<step.whole>(squares + c, load_lanes<step.whole>(squares + c, n) + sum(square), n);
   });
+  double *const origin = moments.origin + part.offset, *const sum_first = moments.first + part.offset;
+  double *const sum_second = moments.second + part.offset, *const within = moments.within + part.offset;
+  const double count = rows, share = 1.0 / count;
   for (int64_t c = 0; c < part.width; ++c) {
-    moments[part.offset + c].merge(rows, shift[c], deviations[c], squares[c]);
+    const double excess = deviations[c] * share, mean = shift[c] + excess;
+    if (first == 0) {
+      origin[c] = mean;
+      sum_first[c] = sum_second[c] = within[c] = 0.0;
+    }
+    const double delta = mean - origin[c];
+    sum_first[c] += count * delta;
+    sum_second[c] += count * delta * delta;
+    within[c] += squares[c] - deviations[c] * excess;
   }
 }
 
@@ -122,35 +144,36 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
   const Part<const T> x[2] = {part(static_cast<const T*>(adds ? norm.summed : norm.x), 0),
                               part(static_cast<const T*>(norm.skip), 1)};
   const Part<T> y = part_of(static_cast<T*>(norm.y), norm.all_channels(), 0, sample, norm.space, first, last);
-  const Coefficients coefficients{scratch.take<float>(width), scratch.take<float>(width), scratch.take<float>(width)};
-  Moments* const moments = scratch.take<Moments>(width);
+  const Coefficients coefficients(width, scratch);
+  const ChannelMoments moments(width, scratch);
   float* const keep = scratch.take<float>(with_dropout ? block_rows * tile_channels : 0);
 
-  for (int64_t c = 0; c < width; ++c) moments[c] = Moments();
-  if (adds) {
-    const Part<const T> plain = part(static_cast<const T*>(norm.x), 0);
-    const Part<const T> residual = part(static_cast<const T*>(norm.residual), 0);
-    const Part<T> summed = part(static_cast<T*>(norm.summed), 0);
+  for (const auto& image : x) {
     for_blocks(norm.space, [&](int64_t from, int64_t to) {
-      for (int64_t r = from; r < to; ++r) add_run(plain.row(r), residual.row(r), summed.row(r), width);
-      merge_part(x[0], from, to, coefficients.mean, coefficients.scale, coefficients.shift, moments);
+      if (adds && image.width) {
+        const Part<const T> plain = part(static_cast<const T*>(norm.x), 0);
+        const Part<const T> residual = part(static_cast<const T*>(norm.residual), 0);
+        const Part<T> summed = part(static_cast<T*>(norm.summed), 0);
+        for (int64_t r = from; r < to; ++r) add_run(plain.row(r), residual.row(r), summed.row(r), width);
+      }
+      merge_block(image, from, to, coefficients, moments);
     });
-  } else {
-    for (const auto& image : x) {
-      for_blocks(norm.space, [&](int64_t from, int64_t to) {
-        merge_part(image, from, to, coefficients.mean, coefficients.scale, coefficients.shift, moments);
-      });
-    }
   }
 
   const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
+  const double share = 1.0 / static_cast<double>(norm.space);
   for (int64_t group = first_group; group < last_group; ++group) {
     const int64_t begin = group * channels - first;
     double mean = 0, squares = 0;
-    for (int64_t c = begin; c < begin + channels; ++c) mean += moments[c].mean() / static_cast<double>(channels);
     for (int64_t c = begin; c < begin + channels; ++c) {
-      const double delta = moments[c].mean() - mean;
-      squares += moments[c].squares() + moments[c].count * delta * delta;
+      moments.origin[c] += moments.first[c] * share;  // now the channel's mean
+      mean += moments.origin[c];
+    }
+    mean /= static_cast<double>(channels);
+    for (int64_t c = begin; c < begin + channels; ++c) {
+      const double delta = moments.origin[c] - mean;
+      squares += moments.within[c] + moments.second[c] - moments.first[c] * moments.first[c] * share;
+      squares += static_cast<double>(norm.space) * delta * delta;
     }
     const Normalization normal(mean, squares, static_cast<double>(channels * norm.space), norm.eps);
     norm.mean[sample * norm.groups + group] = normal.mean;
@@ -163,18 +186,19 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
   }
 
   for (const auto& image : x) {
-    for_tiles<with_dropout>(norm, sample, first, image, keep, [&](int64_t from, int64_t to, int64_t tile, int64_t tile_width,
-                                                                  const float* kept) {
-      const int64_t at = image.offset + tile;
-      for_rows(from, to, tile_width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-        constexpr bool w = decltype(step)::whole;
+    for_tiles<with_dropout>(norm, sample, first, image, keep, [&](const Tile& tile) {
+      const int64_t at = image.offset + tile.channel;
+      for_rows(tile.first, tile.last, tile.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
         const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
                      b = load(coefficients.shift + at + c);
-        for (int r = 0; r < decltype(step)::rows; ++r) {
-          Floats value = (load_lanes<w>(image.row(row + r) + tile + c, n) - mean) * a + b;
-          if constexpr (with_silu) value = silu(value);
-          if constexpr (with_dropout) value *= load(kept + (row + r - from) * tile_channels + c);
-          store_lanes<w>(y.row(row + r) + at + c, value, n);
+        Floats value[step.count];
+        for (int r = 0; r < step.count; ++r) {
+          value[r] = (load_lanes<step.whole>(image.row(row + r) + tile.channel + c, n) - mean) * a + b;
+        }
+        if constexpr (with_silu) silu<is_coarse<T>>(value);
+        for (int r = 0; r < step.count; ++r) {
+          if constexpr (with_dropout) value[r] *= load(tile.factors(row + r) + c);
+          store_lanes<step.whole>(y.row(row + r) + at + c, value[r], n);
         }
       });
     });
@@ -186,6 +210,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
                           const Affine& affine, Scratch& scratch) {
   const int64_t channels = norm.group_channels(), first = first_group * channels, last = last_group * channels;
   const int64_t width = last - first;
+  const bool adds = norm.dsummed != nullptr;
   const auto part = [&](auto* image, int which) {
     return part_of(image, norm.channels[which], which ? norm.channels[0] : 0, sample, norm.space, first, last);
   };
@@ -193,12 +218,12 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   const Part<T> dx[2] = {part(static_cast<T*>(norm.dx), 0), part(static_cast<T*>(norm.dskip), 1)};
   const Part<const T> dy = part_of(static_cast<const T*>(norm.dy), norm.all_channels(), 0, sample, norm.space, first, last);
   const Part<const T> dsummed = part(static_cast<const T*>(norm.dsummed), 0);
-  const bool adds = norm.dsummed != nullptr;
-  const Coefficients coefficients{scratch.take<float>(width), scratch.take<float>(width), scratch.take<float>(width)};
+  const Coefficients coefficients(width, scratch);
   float *const slope = scratch.take<float>(width), *const constant = scratch.take<float>(width);
   float *const plain = scratch.take<float>(width), *const weighted = scratch.take<float>(width);
-  double *const dshift_sum = scratch.take<double>(width), *const dscale_sum = scratch.take<double>(width);
+  double *const plain_total = scratch.take<double>(width), *const weighted_total = scratch.take<double>(width);
   float* const keep = scratch.take<float>(with_dropout ? block_rows * tile_channels : 0);
+  float* const dp = scratch.take<float>(width * norm.space);  // the gradient before the activation
 
   const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
   for (int64_t c = 0; c < width; ++c) {
@@ -207,39 +232,33 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
     coefficients.scale[c] = scale[c] * norm.rstd[group];
     coefficients.shift[c] = shift[c];
     plain[c] = weighted[c] = 0.0f;
-    dshift_sum[c] = dscale_sum[c] = 0.0;
+    plain_total[c] = weighted_total[c] = 0.0;
   }
 
-  // The gradient before the activation, from x - mean.
-  const auto before_activation = [&](auto whole, const T* gradient, const float* kept, Floats centered, Floats a, Floats b,
-                                     int64_t n) {
-    Floats value = load_lanes<decltype(whole)::value>(gradient, n);
-    if constexpr (with_dropout) value *= load(kept);
-    if constexpr (with_silu) value *= silu_derivative(centered * a + b);
-    return value;
-  };
-
   for (const auto& image : x) {
-    for_tiles<with_dropout>(norm, sample, first, image, keep, [&](int64_t from, int64_t to, int64_t tile, int64_t tile_width,
-                                                                  const float* kept) {
-      const int64_t at = image.offset + tile;
-      for_rows(from, to, tile_width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-        constexpr bool w = decltype(step)::whole;
+    for_tiles<with_dropout>(norm, sample, first, image, keep, [&](const Tile& tile) {
+      const int64_t at = image.offset + tile.channel;
+      for_rows(tile.first, tile.last, tile.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
         const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
                      b = load(coefficients.shift + at + c);
-        Floats plain_lanes = load_lanes<w>(plain + at + c, n), weighted_lanes = load_lanes<w>(weighted + at + c, n);
-        for (int r = 0; r < decltype(step)::rows; ++r) {
-          const Floats centered = load_lanes<w>(image.row(row + r) + tile + c, n) - mean;
-          const Floats dp = before_activation(Whole<w>{}, dy.row(row + r) + at + c,
-                                              kept + (row + r - from) * tile_channels + c, centered, a, b, n);
-          plain_lanes += dp;
-          weighted_lanes += dp * centered;
+        Floats value[step.count], centered[step.count], derivative[step.count];
+        for (int r = 0; r < step.count; ++r) {
+          centered[r] = load_lanes<step.whole>(image.row(row + r) + tile.channel + c, n) - mean;
+          derivative[r] = centered[r] * a + b;
         }
-        store_lanes<w>(plain + at + c, plain_lanes, n);
-        store_lanes<w>(weighted + at + c, weighted_lanes, n);
+        if constexpr (with_silu) silu_derivative<is_coarse<T>>(derivative);
+        for (int r = 0; r < step.count; ++r) {
+          value[r] = load_lanes<step.whole>(dy.row(row + r) + at + c, n);
+          if constexpr (with_dropout) value[r] *= load(tile.factors(row + r) + c);
+          if constexpr (with_silu) value[r] *= derivative[r];
+          store_lanes<step.whole>(dp + (row + r) * width + at + c, value[r], n);
+          centered[r] *= value[r];
+        }
+        store_lanes<step.whole>(plain + at + c, load_lanes<step.whole>(plain + at + c, n) + sum(value), n);
+        store_lanes<step.whole>(weighted + at + c, load_lanes<step.whole>(weighted + at + c, n) + sum(centered), n);
       });
-      for (int64_t c = at; c < at + tile_width; ++c) {
-        dshift_sum[c] += plain[c], dscale_sum[c] += weighted[c];
+      for (int64_t c = at; c < at + tile.width; ++c) {
+        plain_total[c] += plain[c], weighted_total[c] += weighted[c];
         plain[c] = weighted[c] = 0.0f;
       }
     });
@@ -249,37 +268,31 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   for (int64_t group = first_group; group < last_group; ++group) {
     const double rstd = norm.rstd[sample * norm.groups + group];
     const int64_t begin = group * channels - first;
-    double sum_dshift = 0, sum_dscale = 0;
+    double dshift = 0, dscale = 0;
     for (int64_t c = begin; c < begin + channels; ++c) {
-      sum_dshift += scale[c] * dshift_sum[c];
-      sum_dscale += scale[c] * dscale_sum[c] * rstd;
+      dshift += scale[c] * plain_total[c];
+      dscale += scale[c] * weighted_total[c] * rstd;
     }
     for (int64_t c = begin; c < begin + channels; ++c) {
-      constant[c] = static_cast<float>(-sum_dshift / elements * rstd);
-      slope[c] = static_cast<float>(-sum_dscale / elements * rstd * rstd);
-      plain[c] = static_cast<float>(dshift_sum[c]);
-      weighted[c] = static_cast<float>(dscale_sum[c] * rstd);
+      constant[c] = static_cast<float>(-dshift / elements * rstd);
+      slope[c] = static_cast<float>(-dscale / elements * rstd * rstd);
+      plain[c] = static_cast<float>(plain_total[c]);
+      weighted[c] = static_cast<float>(weighted_total[c] * rstd);
     }
   }
 
   for (int which = 0; which < 2; ++which) {
     const Part<const T>& image = x[which];
-    for_tiles<with_dropout>(norm, sample, first, image, keep, [&](int64_t from, int64_t to, int64_t tile, int64_t tile_width,
-                                                                  const float* kept) {
-      const int64_t at = image.offset + tile;
-      for_rows(from, to, tile_width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-        constexpr bool w = decltype(step)::whole;
-        const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
-                     b = load(coefficients.shift + at + c), k = load(slope + at + c), offset = load(constant + at + c);
-        for (int r = 0; r < decltype(step)::rows; ++r) {
-          const Floats centered = load_lanes<w>(image.row(row + r) + tile + c, n) - mean;
-          const Floats dp = before_activation(Whole<w>{}, dy.row(row + r) + at + c,
-                                              kept + (row + r - from) * tile_channels + c, centered, a, b, n);
-          Floats value = dp * a + (centered * k + offset);
-          if (adds) value += load_lanes<w>(dsummed.row(row + r) + tile + c, n);
-          store_lanes<w>(dx[which].row(row + r) + tile + c, value, n);
-        }
-      });
+    const int64_t at = image.offset;
+    for_rows(0, norm.space, image.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
+      const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
+                   k = load(slope + at + c), offset = load(constant + at + c);
+      for (int r = 0; r < step.count; ++r) {
+        const Floats centered = load_lanes<step.whole>(image.row(row + r) + c, n) - mean;
+        Floats value = load_lanes<step.whole>(dp + (row + r) * width + at + c, n) * a + (centered * k + offset);
+        if (adds) value += load_lanes<step.whole>(dsummed.row(row + r) + c, n);
+        store_lanes<step.whole>(dx[which].row(row + r) + c, value, n);
+      }
     });
   }
   unfold(norm, sample, first, width, affine, weighted, plain, scratch.take<float>(width));

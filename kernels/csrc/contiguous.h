@@ -22,33 +22,34 @@ struct Planes {
 };
 
 template <class T>
-inline void merge_run(const T* x, int64_t count, Moments* moments) {
+inline void merge_run(const T* x, int64_t length, Moments* moments) {
   Floats total[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes) {
-    for (int k = 0; k < 4; ++k) total[k] += load(x + i + k * lanes);
-  }
-  for_vectors(count - i, [&](auto whole, int64_t j, int64_t n) {
-    total[0] += load_lanes<decltype(whole)::value>(x + i + j, n);
+  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
+    Floats value[step.count];
+    load_step<false>(step, x + i, n, value);
+    for (int k = 0; k < step.count; ++k) total[k] += value[k];
   });
-  const float shift = sum_of_lanes((total[0] + total[1]) + (total[2] + total[3])) / static_cast<float>(count);
+  const float shift = sum_of_lanes(sum(total)) / static_cast<float>(length);
   Floats deviations[4] = {}, squares[4] = {};
-  i = 0;
-  for (; i + 4 * lanes <= count; i += 4 * lanes) {
-    for (int k = 0; k < 4; ++k) {
-      const Floats centered = load(x + i + k * lanes) - shift;
+  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
+    Floats value[step.count];
+    load_step<false>(step, x + i, n, value);
+    for (int k = 0; k < step.count; ++k) {
+      Floats centered = value[k] - shift;
+      if constexpr (!step.whole) centered = first_lanes(centered, n);
       deviations[k] += centered;
       squares[k] += centered * centered;
     }
+  });
+  moments->merge(static_cast<double>(length), shift, sum_of_lanes(sum(deviations)), sum_of_lanes(sum(squares)));
+}
+
+// Call f(first, length) for the runs of a plane.
+template <class F>
+inline void for_runs(int64_t space, F f) {
+  for (int64_t first = 0; first < space; first += run_length) {
+    f(first, space - first < run_length ? space - first : run_length);
   }
-  for (; i < count; ++i) {
-    const float centered = widen(x[i]) - shift;
-    deviations[0][0] += centered;
-    squares[0][0] += centered * centered;
-  }
-  moments->merge(static_cast<double>(count), shift,
-                 sum_of_lanes((deviations[0] + deviations[1]) + (deviations[2] + deviations[3])),
-                 sum_of_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])));
 }
 
 template <class T, bool with_silu, bool with_dropout>
@@ -63,42 +64,56 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
   float* const keep = scratch.take<float>(with_dropout ? run_length : 0);
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
 
-  for (int64_t group = first_group; group < last_group; ++group) {
-    const int64_t begin = group * channels, end = begin + channels;
+  const auto normalize = [&](int64_t group) {
     Moments moments;
-    for (int64_t c = begin; c < end;) {
+    const int64_t end = (group + 1) * channels;
+    for (int64_t c = group * channels; c < end;) {  // the channels in each image, whose planes follow one another
       const int64_t stop = c < norm.channels[0] && norm.channels[0] < end ? norm.channels[0] : end;
       const T* const from = x.at(sample, c);
-      const int64_t offset = (sample * norm.channels[0] + c) * space, count = (stop - c) * space;
-      for (int64_t i = 0; i < count; i += run_length) {
-        const int64_t length = count - i < run_length ? count - i : run_length;
+      for_runs((stop - c) * space, [&](int64_t first, int64_t length) {
         if (adds) {
-          add_run(static_cast<const T*>(norm.x) + offset + i, static_cast<const T*>(norm.residual) + offset + i,
-                  static_cast<T*>(norm.summed) + offset + i, length);
+          const int64_t at = (sample * all + c) * space + first;
+          add_run(static_cast<const T*>(norm.x) + at, static_cast<const T*>(norm.residual) + at,
+                  static_cast<T*>(norm.summed) + at, length);
         }
-        merge_run(from + i, length, &moments);
-      }
+        merge_run(from + first, length, &moments);
+      });
       c = stop;
     }
     const Normalization normal(moments.mean(), moments.squares(), moments.count, norm.eps);
     norm.mean[sample * norm.groups + group] = normal.mean;
     norm.rstd[sample * norm.groups + group] = normal.rstd;
+    return normal;
+  };
+  const auto apply = [&](int64_t c, const Normalization& normal) {
+    const float a = scale[c - first_group * channels] * normal.rstd;
+    const float b = shift[c - first_group * channels] - normal.mean_error * a;
+    for_runs(space, [&](int64_t first, int64_t length) {
+      const T* const from = x.at(sample, c) + first;
+      T* const to = y + c * space + first;
+      if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + first, length, keep);
+      for_vectors(length, [&](auto step, int64_t i, int64_t n) {
+        Floats value[step.count];
+        load_step<with_dropout>(step, from + i, n, value);
+        for (int k = 0; k < step.count; ++k) value[k] = (value[k] - normal.mean) * a + b;
+        if constexpr (with_silu) silu<is_coarse<T>>(value);
+        if constexpr (with_dropout) {
+          for (int k = 0; k < step.count; ++k) value[k] *= load_lanes<step.whole>(keep + i + k * lanes, n);
+        }
+        store_step<with_dropout>(step, to + i, n, value);
+      });
+    });
+  };
 
-    for (int64_t c = begin; c < end; ++c) {
-      const float a = scale[c - first_group * channels] * normal.rstd;
-      const float b = shift[c - first_group * channels] - normal.mean_error * a;
-      const T* const from = x.at(sample, c);
-      for (int64_t start = 0; start < space; start += run_length) {
-        const int64_t length = space - start < run_length ? space - start : run_length;
-        if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + start, length, keep);
-        for_vectors(length, [&](auto whole, int64_t i, int64_t n) {
-          constexpr bool w = decltype(whole)::value;
-          Floats value = (load_lanes<w>(from + start + i, n) - normal.mean) * a + b;
-          if constexpr (with_silu) value = silu(value);
-          if constexpr (with_dropout) value *= load_lanes<w>(keep + i, n);
-          store_lanes<w>(y + c * space + start + i, value, n);
-        });
-      }
+  // A few small groups at a time: the divisions and roots of one then wait beside the sums of the next.
+  constexpr int64_t most = 8;
+  const int64_t fitting = 2 * run_length / (channels * space), batch = fitting < 1 ? 1 : fitting < most ? fitting : most;
+  Normalization normal[most];
+  for (int64_t group = first_group; group < last_group; group += batch) {
+    const int64_t count = last_group - group < batch ? last_group - group : batch;
+    for (int64_t g = 0; g < count; ++g) normal[g] = normalize(group + g);
+    for (int64_t g = 0; g < count; ++g) {
+      for (int64_t c = (group + g) * channels; c < (group + g + 1) * channels; ++c) apply(c, normal[g]);
     }
   }
 }
@@ -112,21 +127,12 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
                           {norm.channels[0], norm.channels[1]}, space};
   const Planes<T> dx{{static_cast<T*>(norm.dx), static_cast<T*>(norm.dskip)}, {norm.channels[0], norm.channels[1]}, space};
   const T* const dy = static_cast<const T*>(norm.dy) + sample * all * space;
-  const T* const dsummed = static_cast<const T*>(norm.dsummed);
+  const T* const dsummed = norm.dsummed ? static_cast<const T*>(norm.dsummed) + sample * all * space : nullptr;
   const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
   float* const keep = scratch.take<float>(with_dropout ? run_length : 0);
   float *const dscale = scratch.take<float>(width), *const dshift = scratch.take<float>(width);
+  float* const dp = scratch.take<float>(channels * space);  // of a group: the gradient before the activation
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
-
-  // The gradient before the activation, from x - mean.
-  const auto before_activation = [&](auto whole, const T* gradient, const float* kept, Floats centered, float a, float b,
-                                     int64_t n) {
-    constexpr bool w = decltype(whole)::value;
-    Floats value = load_lanes<w>(gradient, n);
-    if constexpr (with_dropout) value *= load_lanes<w>(kept, n);
-    if constexpr (with_silu) value *= silu_derivative(centered * a + b);
-    return value;
-  };
 
   for (int64_t group = first_group; group < last_group; ++group) {
     const int64_t begin = group * channels, end = begin + channels;
@@ -134,21 +140,32 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
     double sum_dshift = 0, sum_dscale = 0;
     for (int64_t c = begin; c < end; ++c) {
       const float a = scale[c - first_channel] * rstd, b = shift[c - first_channel];
-      const T* const from = x.at(sample, c);
       double plain = 0, weighted = 0;
-      for (int64_t start = 0; start < space; start += run_length) {
-        const int64_t length = space - start < run_length ? space - start : run_length;
-        if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + start, length, keep);
-        Floats plain_lanes{}, weighted_lanes{};
-        for_vectors(length, [&](auto whole, int64_t i, int64_t n) {
-          const Floats centered = load_lanes<decltype(whole)::value>(from + start + i, n) - mean;
-          const Floats dp = before_activation(whole, dy + c * space + start + i, keep + i, centered, a, b, n);
-          plain_lanes += dp;
-          weighted_lanes += dp * centered;
+      for_runs(space, [&](int64_t first, int64_t length) {
+        const T *const from = x.at(sample, c) + first, *const gradient = dy + c * space + first;
+        float* const to = dp + (c - begin) * space + first;
+        if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + first, length, keep);
+        Floats plain_lanes[4] = {}, weighted_lanes[4] = {};
+        for_vectors(length, [&](auto step, int64_t i, int64_t n) {
+          Floats value[step.count], centered[step.count], slope[step.count];
+          load_step<with_dropout>(step, from + i, n, centered);
+          load_step<with_dropout>(step, gradient + i, n, value);
+          for (int k = 0; k < step.count; ++k) {
+            centered[k] = centered[k] - mean;
+            slope[k] = centered[k] * a + b;
+          }
+          if constexpr (with_silu) silu_derivative<is_coarse<T>>(slope);
+          for (int k = 0; k < step.count; ++k) {
+            if constexpr (with_dropout) value[k] *= load_lanes<step.whole>(keep + i + k * lanes, n);
+            if constexpr (with_silu) value[k] *= slope[k];
+            plain_lanes[k] += value[k];
+            weighted_lanes[k] += value[k] * centered[k];
+          }
+          store_step<with_dropout>(step, to + i, n, value);
         });
-        plain += sum_of_lanes(plain_lanes);
-        weighted += sum_of_lanes(weighted_lanes);
-      }
+        plain += sum_of_lanes(sum(plain_lanes));
+        weighted += sum_of_lanes(sum(weighted_lanes));
+      });
       dshift[c - first_channel] = static_cast<float>(plain);
       dscale[c - first_channel] = static_cast<float>(weighted * rstd);
       sum_dshift += scale[c - first_channel] * plain;
@@ -158,21 +175,21 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
     const float constant = static_cast<float>(-sum_dshift / elements * rstd);
     const float slope = static_cast<float>(-sum_dscale / elements * rstd * rstd);
     for (int64_t c = begin; c < end; ++c) {
-      const float a = scale[c - first_channel] * rstd, b = shift[c - first_channel];
+      const float a = scale[c - first_channel] * rstd;
       const T* const from = x.at(sample, c);
+      const float* const gradient = dp + (c - begin) * space;
       T* const to = dx.at(sample, c);
-      for (int64_t start = 0; start < space; start += run_length) {
-        const int64_t length = space - start < run_length ? space - start : run_length;
-        if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + start, length, keep);
-        for_vectors(length, [&](auto whole, int64_t i, int64_t n) {
-          constexpr bool w = decltype(whole)::value;
-          const Floats centered = load_lanes<w>(from + start + i, n) - mean;
-          const Floats dp = before_activation(whole, dy + c * space + start + i, keep + i, centered, a, b, n);
-          Floats value = dp * a + (centered * slope + constant);
-          if (dsummed) value += load_lanes<w>(dsummed + (sample * all + c) * space + start + i, n);
-          store_lanes<w>(to + start + i, value, n);
-        });
-      }
+      for_vectors(space, [&](auto step, int64_t i, int64_t n) {
+        Floats value[step.count], centered[step.count], direct[step.count];
+        load_step<with_dropout>(step, gradient + i, n, value);
+        load_step<with_dropout>(step, from + i, n, centered);
+        for (int k = 0; k < step.count; ++k) value[k] = value[k] * a + ((centered[k] - mean) * slope + constant);
+        if (dsummed) {
+          load_step<with_dropout>(step, dsummed + c * space + i, n, direct);
+          for (int k = 0; k < step.count; ++k) value[k] += direct[k];
+        }
+        store_step<with_dropout>(step, to + i, n, value);
+      });
     }
   }
   unfold(norm, sample, first_channel, width, affine, dscale, dshift, scratch.take<float>(width));

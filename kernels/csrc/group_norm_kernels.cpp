@@ -6,10 +6,21 @@
 namespace soda::SODA_ISA {
 namespace {
 
-// An upper bound of what a unit of `width` channels takes, dropout's factors included.
-int64_t scratch_bytes(int64_t width) {
-  return 20 * Scratch::bytes<float>(width) + Scratch::bytes<Moments>(width) +
-         Scratch::bytes<float>(channels_last::block_rows * channels_last::tile_channels);
+// Upper bounds of what a unit takes.
+int64_t scratch_bytes(const GroupNorm& norm) {
+  const int64_t width = norm.unit_groups * norm.group_channels();
+  const int64_t factors = norm.channels_last ? channels_last::block_rows * channels_last::tile_channels
+                                             : contiguous::run_length;
+  return 16 * Scratch::bytes<float>(width) + 4 * Scratch::bytes<double>(width) +
+         Scratch::bytes<float>(norm.dropout.threshold ? factors : 0);
+}
+
+int64_t scratch_bytes(const Forward& norm) { return scratch_bytes(static_cast<const GroupNorm&>(norm)); }
+
+int64_t scratch_bytes(const Backward& norm) {
+  const int64_t groups = norm.channels_last ? norm.unit_groups : 1;
+  return scratch_bytes(static_cast<const GroupNorm&>(norm)) +
+         Scratch::bytes<float>(groups * norm.group_channels() * norm.space);
 }
 
 Affine take_affine(int64_t width, Scratch& scratch) {
@@ -40,8 +51,10 @@ void run_unit(const Backward& norm, int64_t sample, int64_t first, int64_t last,
 template <class T, bool with_silu, bool with_dropout, class Pass>
 void run_units_of(const Pass& norm, int64_t first_unit, int64_t last_unit) {
   const int64_t channels = norm.group_channels(), width = norm.unit_groups * channels;
+  char buffer[16384];  // enough for small images, where an allocation would show
+  Scratch scratch(scratch_bytes(norm), buffer);
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-    Scratch scratch(scratch_bytes(width));
+    scratch.rewind();
     const Affine affine = take_affine(width, scratch);
     const int64_t sample = unit / norm.units_of_sample(), first = unit % norm.units_of_sample() * norm.unit_groups;
     const int64_t last = first + norm.unit_groups < norm.groups ? first + norm.unit_groups : norm.groups;

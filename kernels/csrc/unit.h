@@ -10,16 +10,22 @@
 
 namespace soda::SODA_ISA {
 
-// Memory for arrays, freed with it. Each array starts on a cache line and has room for a whole vector after its end.
+// Memory for a unit's arrays: the caller's where it is enough, else its own. Each array starts on a cache line and has
+// room for a whole vector after its end.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : start_(static_cast<char*>(std::malloc(static_cast<size_t>(bytes) + 64))) {
-    if (!start_) std::abort();
-    next_ = start_ + (64 - reinterpret_cast<uintptr_t>(start_) % 64);
+  template <int64_t size>
+  Scratch(int64_t needed, char (&buffer)[size])
+      : own_(needed + 64 > size ? static_cast<char*>(std::malloc(static_cast<size_t>(needed) + 64)) : nullptr),
+        start_(own_ ? own_ : buffer) {
+    if (needed + 64 > size && !own_) std::abort();
+    rewind();
   }
-  ~Scratch() { std::free(start_); }
+  ~Scratch() { std::free(own_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
+  void rewind() { next_ = start_ + (64 - reinterpret_cast<uintptr_t>(start_) % 64); }
 
   template <class T>
   static int64_t bytes(int64_t count) {
@@ -33,7 +39,7 @@ class Scratch {
   }
 
  private:
-  char *start_, *next_;
+  char *own_, *start_, *next_;
 };
 
 // The mean and the sum of squared deviations of parts seen one after the other, from each part's own centred sums.
@@ -59,6 +65,7 @@ struct Moments {
 struct Normalization {
   float mean, mean_error, rstd;
 
+  Normalization() = default;
   Normalization(double exact_mean, double squares, double count, double eps)
       : mean(static_cast<float>(exact_mean)),
         mean_error(static_cast<float>(exact_mean - static_cast<double>(mean))),
@@ -66,36 +73,63 @@ struct Normalization {
 };
 
 template <bool whole, class T>
-inline Floats load_lanes(const T* from, int64_t count) {
+SODA_INLINE Floats load_lanes(const T* from, int64_t count) {
   if constexpr (whole) return load(from);
   else return load(from, static_cast<int>(count));
 }
 
 template <bool whole, class T>
-inline void store_lanes(T* to, Floats value, int64_t count) {
+SODA_INLINE void store_lanes(T* to, Floats value, int64_t count) {
   if constexpr (whole) store(to, value);
   else store(to, value, static_cast<int>(count));
 }
 
-template <bool value_>
-struct Whole {
-  static constexpr bool value = value_;
+// How many vectors a kernel's innermost step takes at a time, and whether they are whole or the end of a row.
+template <int count_, bool whole_>
+struct Step {
+  static constexpr int count = count_;
+  static constexpr bool whole = whole_;
 };
 
-// Call f(Whole, index, lanes) for the vectors of an array, the last of which may be part of one.
+// In pairs, so that rounding errors add up over few additions.
+SODA_INLINE Floats sum(const Floats (&x)[1]) { return x[0]; }
+SODA_INLINE Floats sum(const Floats (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+// The vectors of a step along an array. Unless in order, four whole ones have their numbers in the dtype's own lanes.
+template <bool in_order, class S, class T>
+SODA_INLINE void load_step(S, const T* from, int64_t n, Floats (&x)[S::count]) {
+  if constexpr (S::count == 4 && !in_order) {
+    load_run(from, x);
+  } else {
+    for (int k = 0; k < S::count; ++k) x[k] = load_lanes<S::whole>(from + k * lanes, n);
+  }
+}
+
+template <bool in_order, class S, class T>
+SODA_INLINE void store_step(S, T* to, int64_t n, const Floats (&x)[S::count]) {
+  if constexpr (S::count == 4 && !in_order) {
+    store_run(to, x);
+  } else {
+    for (int k = 0; k < S::count; ++k) store_lanes<S::whole>(to + k * lanes, x[k], n);
+  }
+}
+
+// Call f(Step, index, lanes) along an array: four vectors at a time from `index` on, then one, then part of one.
 template <class F>
-inline void for_vectors(int64_t count, F f) {
+inline void for_vectors(int64_t length, F f) {
   int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) f(Whole<true>{}, i, static_cast<int64_t>(lanes));
-  if (i < count) f(Whole<false>{}, i, count - i);
+  for (; i + 4 * lanes <= length; i += 4 * lanes) f(Step<4, true>{}, i, static_cast<int64_t>(lanes));
+  for (; i + lanes <= length; i += lanes) f(Step<1, true>{}, i, static_cast<int64_t>(lanes));
+  if (i < length) f(Step<1, false>{}, i, length - i);
 }
 
 // summed = x + residual, rounded to the dtype.
 template <class T>
-inline void add_run(const T* x, const T* residual, T* summed, int64_t count) {
-  for_vectors(count, [&](auto whole, int64_t i, int64_t n) {
-    constexpr bool w = decltype(whole)::value;
-    store_lanes<w>(summed + i, load_lanes<w>(x + i, n) + load_lanes<w>(residual + i, n), n);
+inline void add_run(const T* x, const T* residual, T* summed, int64_t length) {
+  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
+    for (int k = 0; k < step.count; ++k, i += lanes) {
+      store_lanes<step.whole>(summed + i, load_lanes<step.whole>(x + i, n) + load_lanes<step.whole>(residual + i, n), n);
+    }
   });
 }
 

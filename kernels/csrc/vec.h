@@ -13,6 +13,9 @@
 #include <immintrin.h>
 #endif
 
+// For what is called for every few vectors: a call would send them through memory.
+#define SODA_INLINE [[gnu::always_inline]] inline
+
 namespace soda::SODA_ISA {
 
 #if defined(__AVX512F__)
@@ -31,148 +34,208 @@ inline Floats broadcast(float value) { return Floats{} + value; }
 inline Words as_words(Floats value) { return reinterpret_cast<Words>(value); }
 inline Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
 
-// Both return the second argument where either is a NaN, so that a NaN given second propagates.
+// x within [-bound, bound]; of a NaN, the bound or a NaN.
+SODA_INLINE Floats clamp(Floats x, float bound) {
 #if defined(__AVX512F__)
-inline Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
-inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  return _mm512_range_ps(x, broadcast(bound), 2);  // the smaller magnitude, with the sign of x
 #elif defined(__AVX2__)
-inline Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
-inline Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  return _mm256_max_ps(broadcast(-bound), _mm256_min_ps(broadcast(bound), x));
 #else
-inline Floats minimum(Floats a, Floats b) { return as_floats((as_words(a) & (a < b)) | (as_words(b) & ~(a < b))); }
-inline Floats maximum(Floats a, Floats b) { return as_floats((as_words(a) & (a > b)) | (as_words(b) & ~(a > b))); }
-#endif
-
-// 1 / a to about an ulp, for normal numbers whose reciprocal is one.
-inline Floats reciprocal(Floats a) {
-#if defined(__AVX512F__)
-  // A division takes 16 cycles; this estimate has 14 bits, and Newton's step doubles them.
-  const Floats estimate = _mm512_rcp14_ps(a);
-  return estimate + estimate * (1.0f - a * estimate);
-#else
-  return 1.0f / a;
+  const Floats high = broadcast(bound), low = broadcast(-bound);
+  const Words above = reinterpret_cast<Words>(x > high), below = reinterpret_cast<Words>(x < low);
+  return as_floats((as_words(x) & ~(above | below)) | (as_words(high) & above) | (as_words(low) & below));
 #endif
 }
 
-// The same order of additions whatever the vector's width holds no promise: a sum differs between instruction sets.
-inline float sum_of_lanes(Floats value) {
+// Whether images of a dtype are so coarse that a relative error of 2^-13 before rounding cannot be seen after it.
+template <class T>
+constexpr bool is_coarse = false;
+template <>
+constexpr bool is_coarse<BFloat16> = true;
+
+// Replace a by a / b to about an ulp, or if coarse to 2^-14, for b whose reciprocal is a normal number.
+template <bool coarse, int count>
+SODA_INLINE void divide(Floats (&a)[count], const Floats (&b)[count]) {
+#if defined(__AVX512F__)
+  // A division takes 10 cycles; the estimate has 14 bits, and one of Newton's steps doubles them.
+  Floats estimate[count], error[count];
+  for (int i = 0; i < count; ++i) estimate[i] = _mm512_rcp14_ps(b[i]);
+  if constexpr (!coarse) {
+    for (int i = 0; i < count; ++i) error[i] = 1.0f - b[i] * estimate[i];
+  }
+  for (int i = 0; i < count; ++i) a[i] = a[i] * estimate[i];
+  if constexpr (!coarse) {
+    for (int i = 0; i < count; ++i) a[i] = a[i] * error[i] + a[i];
+  }
+#else
+  for (int i = 0; i < count; ++i) a[i] = a[i] / b[i];
+#endif
+}
+
+// The order of additions is the vector's own: a sum differs between instruction sets.
+SODA_INLINE float sum_of_lanes(Floats value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(value);
+#else
   float lane[lanes];
   std::memcpy(lane, &value, sizeof lane);
   for (int width = lanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
+#endif
+}
+
+// To nearest, ties to even; in the upper half of each word, the lower one being of no meaning.
+SODA_INLINE Words rounded_to_bfloat16(Floats value) {
+  const Words bits = as_words(value), sum = bits + 0x7fffu + (bits >> 16 & 1u);
+#if defined(__AVX512F__)
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  return reinterpret_cast<Words>(
+      _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(sum), is_nan, _mm512_set1_epi32(0x7fc00000)));
+#else
+  const Words is_nan = reinterpret_cast<Words>(value != value);
+  return (sum & ~is_nan) | (is_nan & 0x7fc00000u);
+#endif
 }
 
 // Loads and stores: whole vectors, and the first `count` lanes of one, the others being zero and untouched in memory.
 
-inline Floats load(const float* from) {
+SODA_INLINE Floats load(const float* from) {
   Floats value;
   std::memcpy(&value, from, sizeof value);
   return value;
 }
 
-inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+SODA_INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
 #if defined(__AVX512F__)
 
-inline Floats load(const BFloat16* from) {
+SODA_INLINE Floats load(const BFloat16* from) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-inline Floats load(const Half* from) {
+SODA_INLINE Floats load(const Half* from) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-inline __m256i to_bfloat16(Floats value) {
-  const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+SODA_INLINE __m256i to_bfloat16(Floats value) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(reinterpret_cast<__m512i>(rounded_to_bfloat16(value)), 16));
 }
 
-inline __m256i to_half(Floats value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+SODA_INLINE __m256i to_half(Floats value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
 
-inline void store(BFloat16* to, Floats value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bfloat16(value)); }
-inline void store(Half* to, Floats value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_half(value)); }
+SODA_INLINE void store(BFloat16* to, Floats value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bfloat16(value)); }
+SODA_INLINE void store(Half* to, Floats value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_half(value)); }
 
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
-inline Floats load(const float* from, int count) { return _mm512_maskz_loadu_ps(first(count), from); }
+SODA_INLINE Floats load(const float* from, int count) { return _mm512_maskz_loadu_ps(first(count), from); }
 
-inline Floats load(const BFloat16* from, int count) {
+SODA_INLINE Floats load(const BFloat16* from, int count) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), from));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-inline Floats load(const Half* from, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from)); }
+SODA_INLINE Floats load(const Half* from, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from)); }
 
-inline void store(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
-inline void store(BFloat16* to, Floats value, int count) {
+SODA_INLINE void store(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
+SODA_INLINE void store(BFloat16* to, Floats value, int count) {
   _mm256_mask_storeu_epi16(to, first(count), to_bfloat16(value));
 }
-inline void store(Half* to, Floats value, int count) { _mm256_mask_storeu_epi16(to, first(count), to_half(value)); }
+SODA_INLINE void store(Half* to, Floats value, int count) { _mm256_mask_storeu_epi16(to, first(count), to_half(value)); }
 
 #else
 
 #if defined(__AVX2__)
 
-inline Floats load(const BFloat16* from) {
+SODA_INLINE Floats load(const BFloat16* from) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 
-inline Floats load(const Half* from) {
+SODA_INLINE Floats load(const Half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-inline void store(BFloat16* to, Floats value) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  const __m256i rounded = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+SODA_INLINE void store(BFloat16* to, Floats value) {
+  const __m256i high = _mm256_srli_epi32(reinterpret_cast<__m256i>(rounded_to_bfloat16(value)), 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }
 
-inline void store(Half* to, Floats value) {
+SODA_INLINE void store(Half* to, Floats value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 
 #else
 
 template <class T>
-inline Floats load(const T* from) {
+SODA_INLINE Floats load(const T* from) {
   Floats value;
   for (int i = 0; i < lanes; ++i) value[i] = widen(from[i]);
   return value;
 }
 
 template <class T>
-inline void store(T* to, Floats value) {
+SODA_INLINE void store(T* to, Floats value) {
   for (int i = 0; i < lanes; ++i) narrow(value[i], to + i);
 }
 
 #endif
 
 template <class T>
-inline Floats load(const T* from, int count) {
+SODA_INLINE Floats load(const T* from, int count) {
   T padded[lanes] = {};
   for (int i = 0; i < count; ++i) padded[i] = from[i];
   return load(padded);
 }
 
 template <class T>
-inline void store(T* to, Floats value, int count) {
+SODA_INLINE void store(T* to, Floats value, int count) {
   T padded[lanes];
   store(padded, value);
   for (int i = 0; i < count; ++i) to[i] = padded[i];
 }
 
 #endif
+
+// Four vectors of one run of memory, for sums and for steps that treat all lanes alike: in which lane a number lies is
+// the dtype's choice, the same in both. Of bf16, even and odd numbers go to vectors of their own, which takes no shuffles.
+template <class T>
+SODA_INLINE void load_run(const T* from, Floats (&x)[4]) {
+  for (int k = 0; k < 4; ++k) x[k] = load(from + k * lanes);
+}
+
+template <class T>
+SODA_INLINE void store_run(T* to, const Floats (&x)[4]) {
+  for (int k = 0; k < 4; ++k) store(to + k * lanes, x[k]);
+}
+
+SODA_INLINE void load_run(const BFloat16* from, Floats (&x)[4]) {
+  Words pairs[2];
+  std::memcpy(pairs, from, sizeof pairs);
+  for (int k = 0; k < 2; ++k) {
+    x[2 * k] = as_floats(pairs[k] << 16);
+    x[2 * k + 1] = as_floats(pairs[k] & 0xffff0000u);
+  }
+}
+
+SODA_INLINE void store_run(BFloat16* to, const Floats (&x)[4]) {
+  Words pairs[2];
+  for (int k = 0; k < 2; ++k) {
+    pairs[k] = (rounded_to_bfloat16(x[2 * k]) >> 16) | (rounded_to_bfloat16(x[2 * k + 1]) & 0xffff0000u);
+  }
+  std::memcpy(to, pairs, sizeof pairs);
+}
+
+// Zeros in all but the first `count` lanes.
+inline Floats first_lanes(Floats value, int64_t count) {
+  float lane[lanes];
+  std::memcpy(lane, &value, sizeof lane);
+  return load(lane, static_cast<int>(count));
+}
 
 // Both halves of the 64-bit products of 32-bit words.
 inline void multiply(Words a, uint32_t b, Words* high, Words* low) {

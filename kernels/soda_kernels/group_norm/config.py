@@ -184,40 +184,41 @@ def _fold_groups(problem: Problem) -> int:
 
 
 def _sample_counts(problem: Problem) -> Iterator[int]:
-    count = 1
-    while count == 1 or (count <= problem.num_samples and count * problem.spatial <= 1024):
-        yield count
-        count *= 2
+    """Yield how many samples a program may take in turn: several where a sample has few positions."""
+    for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+        if count == 1 or (count <= problem.num_samples and count * problem.spatial <= 1024):
+            yield count
 
 
 def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -> float:
     """Estimate the time of a config, in passes over one image tensor at full bandwidth."""
-    passes, rereads = {
-        ("resident", False): (2.0, 0.0), ("looped", False): (2.0, 1.0), ("split", False): (3.0, 0.0),
-        ("resident", True): (3.0, 0.0), ("looped", True): (3.0, 2.0), ("split", True): (5.0, 0.0),
-    }[config.variant, problem.backward]  # fmt: skip
-    used = config.slab if config.variant == "split" else config.groups * problem.group_channels
-    sectors = _sector_overhead(problem, used)
-    # What is not the image: fp32 parameters and statistics for each sample, and for each chunk the partial sums.
-    positions = problem.spatial if config.variant != "split" else min(problem.spatial, config.rows * config.tiles)
-    small = (16.0 if problem.backward else 8.0) / config.samples if config.variant != "split" else 24.0
-    passes = passes * sectors + small / (positions * problem.element_bytes)
-    if config.variant == "split":
-        lanes = 1.0 if used % 8 == 0 or not problem.channels_last else 1.5
-        passes += 0.25  # two more launches
-    else:
-        lanes = config.slab / used
-        if sectors > 1.0 or (problem.bytes >= _SMALL_BYTES and config.num_programs(problem) < num_multiprocessors):
-            return math.inf
-    # A re-read from L2 costs about a third of one from memory. [estimate]
-    passes += rereads / 3.0
     programs = config.num_programs(problem)
-    idle = max(1.0, num_multiprocessors / programs)
-    if problem.bytes < _SMALL_BYTES:
-        idle = max(1.0, idle / 4.0)
-    elif programs < 2 * num_multiprocessors:
-        idle *= 1.1
-    return passes * idle * max(1.0, 0.75 * lanes)
+    large = problem.bytes >= _SMALL_BYTES
+    # With fewer programs than multiprocessors some stand idle; with few of them the last to end is waited for.
+    idle = max(1.0, num_multiprocessors / programs / (1.0 if large else 4.0))
+    idle += 0.02 * max(0.0, 1.0 - programs / (4.0 * num_multiprocessors))
+    if config.variant == "split":
+        positions = min(problem.spatial, config.rows * config.tiles)
+        sectors = _sector_overhead(problem, config.slab)
+        # Parameters, partial sums and coefficients of each chunk, some 24 bytes a channel; more launches.
+        passes = (5.0 if problem.backward else 3.0) * sectors + 24.0 / (positions * problem.element_bytes) + 0.25
+        return passes * idle
+    used = config.groups * problem.group_channels
+    if _sector_overhead(problem, used) > 1.0 or (large and programs < 0.95 * num_multiprocessors):
+        return math.inf
+    tensors, vectors = (3, 8) if problem.backward else (2, 4)
+    image = tensors * used * problem.spatial * problem.element_bytes
+    # For each sample statistics, and two modulations; for each program weight, bias and the sums of their gradients.
+    sample = 2 * _whole_sectors(4 * config.groups) + vectors * _whole_sectors(problem.element_bytes * used)
+    program = (6 if problem.backward else 2) * _whole_sectors(4 * used)
+    passes = tensors * (image + sample + program / config.samples) / image
+    if config.variant == "looped":
+        passes += (tensors - 1) / 3.0  # what is read again from L2, at about three times the bandwidth [estimate]
+    return passes * idle * max(1.0, 0.75 * config.slab / used)
+
+
+def _whole_sectors(num_bytes: int) -> int:
+    return -(-num_bytes // _SECTOR_BYTES) * _SECTOR_BYTES
 
 
 def _sector_overhead(problem: Problem, channels: int) -> float:

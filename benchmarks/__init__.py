@@ -1,0 +1,1 @@
+"""What is measured about the kernels and the engine, and how: `python -m benchmarks --help`."""

@@ -1,0 +1,203 @@
+"""The suite `norm`: modulated group norm by every provider, forward, backward and both."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import timers
+from benchmarks.accuracy import Check, check_step
+from benchmarks.cases import NormCase, norm_floor_bytes
+from benchmarks.plans import norm_plan
+from benchmarks.problems import Forward, NormProblem, Step, make_step, norm_problem, result_names
+from benchmarks.providers import BASELINE, NORM_PROVIDERS, Provider, eager_norm
+from benchmarks.records import describe_ceilings, describe_environment, new_row
+from benchmarks.roofline import Ceilings, measure_ceilings, norm_flops
+from soda_kernels import explain
+
+OP = "modulated_group_norm"
+_AGAIN = "eager, again"  # the baseline's second place in the rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """How long a case is timed."""
+
+    budget_s: float
+    """Seconds for all providers of a case and mode together."""
+    min_rounds: int
+    quick_ceilings: bool = False
+
+
+PACES = {
+    "full": Pace(budget_s=1.5, min_rounds=7),
+    "quick": Pace(budget_s=0.05, min_rounds=3, quick_ceilings=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ready:
+    """A provider that passed the gate, or was not let near it."""
+
+    step: Step | None
+    check: Check | None
+    forward: Forward | None
+    status: str
+    reason: str | None = None
+
+
+def norm_rows(
+    cases: Sequence[NormCase], modes: Sequence[str], device: torch.device, pace: Pace,
+    providers: Sequence[Provider] = NORM_PROVIDERS,
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
+    """Check and time every case, yielding the rows of one case and mode as soon as they are there."""
+    constants = {"suite": "norm", "op": OP, "env": describe_environment(device)}
+    ceilings = measure_ceilings(device, quick=pace.quick_ceilings)
+    for case in cases:
+        problem = norm_problem(case, device, grad=True)
+        exact = make_step(eager_norm, problem.to(torch.float64, torch.contiguous_format), "fwd+bwd")()
+        own = make_step(eager_norm, problem, "fwd+bwd")()
+        for mode in modes:
+            yield _measure(case, mode, problem, own, exact, pace, ceilings, providers, constants)
+
+
+def _measure(
+    case: NormCase, mode: str, problem: NormProblem, own: Sequence[Tensor], exact: Sequence[Tensor], pace: Pace,
+    ceilings: Ceilings, providers: Sequence[Provider], constants: dict[str, Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Return the rows of one case and mode: one for each provider and timer."""
+    device = problem.x.device
+    wanted = {"fwd": slice(0, 1), "bwd": slice(1, None), "fwd+bwd": slice(None)}[mode]
+    ready = {p.name: _prepare(p, problem, mode, own[wanted], exact[wanted]) for p in providers}
+    timed = {name: entry for name, entry in ready.items() if entry.status == "ok"}
+    timings = _time(timed, problem, case, mode, pace)
+    rows = []
+    for provider in providers:
+        entry = ready[provider.name]
+        row = new_row(
+            **constants, case=case.to_dict(), provider=provider.name, mode=mode, status=entry.status,
+            reason=entry.reason, bytes_min=norm_floor_bytes(case, mode), flops=norm_flops(case, mode),
+            ceilings=describe_ceilings(ceilings),
+        )  # fmt: skip
+        row["bound"] = ceilings.bound(row["bytes_min"], row["flops"])
+        if entry.check is not None:
+            row["check"] = entry.check.to_dict()
+        if provider.name == "ours":
+            row["variant"], row["config"], row["launches"] = _choice(case, mode, problem)
+        if entry.forward is not None and entry.step is not None:
+            row["memory"] = {
+                "peak_mib": _peak_mib(entry.step, device),
+                "saved_for_backward_mib": None if mode == "fwd" else saved_mib(entry.forward, problem),
+            }
+        for timer, times in timings.items():
+            timed_row = row | {"timer": timer}
+            if provider.name in times:
+                timed_row["stats"] = timers.summarize(times[provider.name]) | {
+                    "aa_spread": timers.spread(times[BASELINE], times[_AGAIN]) if BASELINE in times else None
+                }
+                least = ceilings.least_us(row["bytes_min"], row["flops"])
+                timed_row["pct_ceiling"] = 100 * least / timed_row["stats"]["p50"]
+            rows.append(timed_row)
+    return rows
+
+
+def _prepare(
+    provider: Provider, problem: NormProblem, mode: str, own: Sequence[Tensor], exact: Sequence[Tensor]
+) -> _Ready:
+    """Build a provider's step and hold its results against exact ones."""
+    reason = provider.unavailable(problem.x.device)
+    if reason is not None:
+        return _Ready(step=None, check=None, forward=None, status="unavailable", reason=reason)
+    try:
+        with _compile_settings(provider, mode):
+            forward = provider.build()
+            step = make_step(forward, problem, mode)
+            step()
+            # torch.compile recompiles when the switch that poisons is turned.
+            check = check_step(
+                step, result_names(problem, mode), own, exact, most_times_torch=provider.most_times_torch,
+                poison=not provider.compiled,
+            )  # fmt: skip
+    except Exception as error:  # whatever a library raises becomes its row
+        reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
+        return _Ready(step=None, check=None, forward=None, status="failed", reason=reason)
+    if check.problems:
+        return _Ready(step=None, check=check, forward=None, status="invalid", reason="; ".join(check.problems))
+    return _Ready(step=step, check=check, forward=forward, status="ok")
+
+
+def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractContextManager[Any]:
+    """Let a compiled graph be differentiated again and again where the mode does so."""
+    if not (provider.compiled and mode == "bwd"):
+        return contextlib.nullcontext()
+    import torch._functorch.config
+
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+def _time(
+    ready: dict[str, _Ready], problem: NormProblem, case: NormCase, mode: str, pace: Pace
+) -> dict[str, dict[str, list[float]]]:
+    """Time the providers in turn, the baseline twice: by timer, by provider."""
+    device = problem.x.device
+    steps = {name: entry.step for name, entry in ready.items() if entry.step is not None}
+    if BASELINE in steps:
+        steps[_AGAIN] = steps[BASELINE]
+    by_wall = timers.wall(steps, device=device, budget_s=pace.budget_s, min_rounds=pace.min_rounds)
+    if device.type != "cuda":
+        return {"wall": by_wall}
+    count = timers.num_input_sets(
+        norm_floor_bytes(case, mode), torch.cuda.get_device_properties(device).L2_cache_size
+    )
+    problems = [norm_problem(case, device, seed=seed, grad=True) for seed in range(count)]
+    sets = {
+        name: [make_step(entry.forward, each, mode) for each in problems]
+        for name, entry in ready.items()
+        if entry.forward is not None
+    }
+    if BASELINE in sets:
+        sets[_AGAIN] = sets[BASELINE]
+    return {
+        "graph": timers.graph(sets, min_rounds=pace.min_rounds),
+        "cold": timers.cold(steps, device=device, min_rounds=pace.min_rounds),
+        "wall": by_wall,
+    }
+
+
+def saved_mib(forward: Forward, problem: NormProblem) -> float:
+    """Return the MiB that a forward call keeps for the backward, its inputs among them where they are kept."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        problem.call(forward)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 2**20
+
+
+def _peak_mib(step: Step, device: torch.device) -> float | None:
+    """Return the most memory that PyTorch held during a step; a CPU's is not counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def _choice(case: NormCase, mode: str, problem: NormProblem) -> tuple[str, dict[str, Any], int | None]:
+    """Return what runs this project's op: the variant or the backend, its launch config, and how many kernels."""
+    from soda_kernels import modulated_group_norm
+
+    choice = explain(problem.call, modulated_group_norm).choices[0]
+    if choice.backend != "triton":
+        return choice.backend, choice.config, None
+    plans = [norm_plan(case, part, "meta") for part in ("fwd", "bwd") if part in mode]
+    return plans[0].config.variant, choice.config, sum(len(plan.launches) for plan in plans)

@@ -1,0 +1,103 @@
+"""What a person reads after a run: times, speed-ups, their geometric means, and where this project loses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.tables import geometric_mean, table
+
+OURS, RIVALS = "ours", ("eager", "compile")
+
+Row = dict[str, Any]
+
+
+def summarize_rows(rows: Sequence[Row]) -> str:
+    """Write a table for each layout and timer, and below them what else has to be known."""
+    parts = []
+    for layout, timer in dict.fromkeys((row["case"]["layout"], row["timer"]) for row in rows):
+        chosen = [row for row in rows if row["case"]["layout"] == layout and row["timer"] == timer]
+        parts.append(_layout_table(layout, timer, chosen))
+    return "\n\n".join([*parts, *filter(None, [_losses(rows), _not_timed(rows)])])
+
+
+def speed_up(rows: Sequence[Row], case_id: str, mode: str, rival: str) -> tuple[float, float] | None:
+    """Return how many times the rival's time is this project's, and the spread within which that is noise.
+
+    Args:
+        rows: of one layout and timer.
+    """
+    found = {row["provider"]: row for row in rows if row["case"]["id"] == case_id and row["mode"] == mode}
+    if not all(name in found and found[name]["status"] == "ok" for name in (OURS, rival)):
+        return None
+    ours, other = found[OURS]["stats"], found[rival]["stats"]
+    return other["p50"] / ours["p50"], ours["aa_spread"] or 0.0
+
+
+def _layout_table(layout: str, timer: str, rows: Sequence[Row]) -> str:
+    """Write the rows of one layout and timer, and the geometric means of their speed-ups by mode."""
+    keys = list(dict.fromkeys((row["case"]["id"], row["mode"]) for row in rows))
+    lines = []
+    for case_id, mode in keys:
+        found = {row["provider"]: row for row in rows if row["case"]["id"] == case_id and row["mode"] == mode}
+        times = [_time(found.get(name)) for name in (OURS, *RIVALS)]
+        gains = [_gain(speed_up(rows, case_id, mode, rival)) for rival in RIVALS]
+        spread = next((row["stats"]["aa_spread"] for row in found.values() if row["status"] == "ok"), None)
+        saved = [_mib(found.get(name)) for name in (OURS, RIVALS[0])]
+        lines.append([case_id, mode, *times, *gains, "-" if spread is None else f"{spread:.1%}", *saved])
+    for mode in dict.fromkeys(mode for _, mode in keys):
+        means = []
+        for rival in RIVALS:
+            gains = [speed_up(rows, case_id, each, rival) for case_id, each in keys if each == mode]
+            known = [gain[0] for gain in gains if gain is not None]
+            means.append(f"{geometric_mean(known):.2f}x" if known else "-")
+        lines.append([f"geometric mean, {mode}", "", "", "", "", *means, "", "", ""])
+    dtype, variants = rows[0]["case"]["dtype"], sorted({row["variant"] for row in rows if row["variant"]})
+    title = f"{rows[0]['op']}, {dtype}, {layout}, timer {timer}, median us of a call; ours is {', '.join(variants)}"
+    header = ["case", "mode", OURS, *RIVALS, *(f"vs {rival}" for rival in RIVALS), "A/A", "saved MiB", "eager's"]
+    return f"{title}\n{table(header, lines)}"
+
+
+def _time(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['stats']['p50']:,.1f}" if row["status"] == "ok" else row["status"]
+
+
+def _gain(gain: tuple[float, float] | None) -> str:
+    """Write a speed-up; one inside the spread of two equal things is marked as noise."""
+    if gain is None:
+        return "-"
+    return f"{gain[0]:.2f}x" if _differs(gain) else f"noise {gain[0]:.2f}x"
+
+
+def _differs(gain: tuple[float, float]) -> bool:
+    return max(gain[0], 1 / gain[0]) - 1 > gain[1]
+
+
+def _mib(row: Row | None) -> str:
+    saved = row and row["memory"]["saved_for_backward_mib"]
+    return "-" if saved is None else f"{saved:,.1f}"
+
+
+def _losses(rows: Sequence[Row]) -> str:
+    """List where a rival is faster by more than the spread."""
+    lost = []
+    for layout, timer, case_id, mode in dict.fromkeys(
+        (row["case"]["layout"], row["timer"], row["case"]["id"], row["mode"]) for row in rows
+    ):
+        chosen = [row for row in rows if row["case"]["layout"] == layout and row["timer"] == timer]
+        for rival in RIVALS:
+            gain = speed_up(chosen, case_id, mode, rival)
+            if gain is not None and gain[0] < 1 and _differs(gain):
+                lost.append(f"  {case_id} {layout} {mode} ({timer}): {gain[0]:.2f}x of {rival}")
+    return "\n".join(["slower than a rival by more than the A/A spread:", *lost]) if lost else ""
+
+
+def _not_timed(rows: Sequence[Row]) -> str:
+    """Say which providers have no times, why, and in how many rows."""
+    counts = Counter((row["provider"], row["status"], row["reason"]) for row in rows if row["status"] != "ok")
+    return "\n".join(
+        f"{provider}: {status} in {count} rows: {reason}" for (provider, status, reason), count in counts.items()
+    )

@@ -1,0 +1,101 @@
+"""The native CPU library: loading it into PyTorch's dispatcher, and saying whether it is there."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Both are left beside this file by the build (setup.py): the library, or one line on why there is none.
+LIBRARY = Path(__file__).with_name("libsoda_kernels.so")
+BUILD_NOTE = Path(__file__).with_name("native_build.txt")
+
+ISAS = ("generic", "avx2", "avx512")
+ISA_VARIABLE = "SODA_CPU_ISA"
+
+# Holds what the library calls for inputs that it has no kernels for.
+_FALLBACKS = torch.library.Library("soda_kernels_native", "DEF")
+
+_library: ctypes.CDLL | None = None
+_reason = "it was not loaded"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeStatus:
+    """Whether ops on CPU tensors run native code, why or why not, and with which instruction set."""
+
+    available: bool
+    reason: str
+    isa: str | None
+
+    def __str__(self) -> str:
+        return f"native CPU library: {self.isa}" if self.available else f"no native CPU library: {self.reason}"
+
+
+def load() -> None:
+    """Register the library's kernels for CPU tensors, if there is one.
+
+    The best instruction set of this processor is taken, or the one that the environment variable SODA_CPU_ISA names.
+
+    Raises:
+        ValueError: SODA_CPU_ISA is no instruction set, or one that this processor or the library does not have.
+    """
+    global _library, _reason
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted is not None and wanted not in ISAS:
+        raise ValueError(f"{ISA_VARIABLE} is {wanted!r}; it must be one of {list(ISAS)}")
+    if _library is None:
+        if not LIBRARY.exists():
+            noted = BUILD_NOTE.read_text().strip() if BUILD_NOTE.exists() else ""
+            _reason = noted or "it was not built; installing the package from its sources builds it"
+            return
+        try:
+            _define_fallback()
+            torch.ops.load_library(LIBRARY)
+            _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its two C functions
+        except OSError as error:
+            _reason = f"it does not load: {error}"
+            return
+        _library.soda_kernels_isa.restype = ctypes.c_char_p
+        _reason = "built and loaded"
+    if wanted is not None:
+        use_isa(wanted)
+
+
+@functools.cache
+def _define_fallback() -> None:
+    """Let the library call the reference's backward, with all of its results in one list."""
+    from soda_kernels.group_norm import ops  # noqa: F401  registers the reference
+
+    reference = torch.ops.soda_kernels_reference.modulated_group_norm_backward.default
+    arguments = str(reference._schema).partition("(")[2].partition(") ->")[0]
+
+    def backward(*args: Any) -> list[torch.Tensor]:
+        *gradients, dmodulations = reference(*args)
+        return [*gradients, *dmodulations]
+
+    _FALLBACKS.define(f"modulated_group_norm_backward({arguments}) -> Tensor[]")
+    _FALLBACKS.impl("modulated_group_norm_backward", backward, "CompositeExplicitAutograd")
+
+
+def use_isa(name: str) -> None:
+    """Run the kernels with another instruction set from here on, in the whole process; for tests and measurements.
+
+    Raises:
+        ValueError: there is no library, or this processor or the library does not have that instruction set.
+    """
+    if _library is None:
+        raise ValueError(f"the native library is missing ({_reason}); no instruction set can be chosen")
+    if not _library.soda_kernels_use_isa(name.encode()):
+        raise ValueError(f"{ISA_VARIABLE} is {name!r}, which this processor or the native library does not have")
+
+
+def status() -> NativeStatus:
+    """Return what `load` found."""
+    isa = None if _library is None else _library.soda_kernels_isa().decode()
+    return NativeStatus(available=_library is not None, reason=_reason, isa=isa)

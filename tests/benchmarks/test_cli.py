@@ -1,0 +1,152 @@
+"""The command line: one line for wrong input, rows in files, tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from tests.harness.interpreter import is_interpreting
+
+needs_interpreter = pytest.mark.skipif(not is_interpreting(), reason="Triton compiles here: set TRITON_INTERPRET=1")
+
+TRAFFIC_KEYS = {
+    "op", "mode", "variant", "case", "layout", "dtype", "bytes_moved", "bytes_dram", "bytes_floor", "ratio", "launches",
+    "arch",
+}  # fmt: skip
+ARCH_KEYS = {"registers", "shared_bytes", "spills", "local_bytes", "max_vector_bytes", "programs"}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process."""
+
+    def run(*arguments: object) -> Result:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:  # by the parser
+            code = int(leaving.code or 0)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "command"),
+        (["fly"], "fly"),
+        (["traffic", "--cases", "imagenet"], "'imagenet' is no shape set"),
+        (["traffic", "--arch", "sm_10"], "'sm_10' is no architecture"),
+        (["traffic", "--modes", "fwd+bwd"], "'fwd+bwd' is no mode"),
+        (["run", "--layouts", "hwcn"], "'hwcn' is no layout"),
+        (["run", "--dtype", "int8"], "int8"),
+        (["run", "--suite", "sorting"], "sorting"),
+        (["run", "--colour"], "--colour"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_input_is_one_line_and_2(call: Callable[..., Result], arguments: list[str], said: str) -> None:
+    result = call(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert len(result.err.splitlines()) == 1 and said in result.err
+
+
+@pytest.mark.parametrize("command", ["run", "traffic"])
+def test_a_result_file_that_cannot_be_written_is_said_first(
+    call: Callable[..., Result], tmp_path: Path, command: str
+) -> None:
+    result = call(command, "--json", tmp_path)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1 and "a folder" in result.err
+    (tmp_path / "file").touch()
+    assert call(command, "--json", tmp_path / "file" / "rows.json").code == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [["run", "--device", "cuda"], ["tune"]], ids=" ".join)
+def test_no_gpu_is_one_line_and_2(call: Callable[..., Result], arguments: list[str]) -> None:
+    result = call(*arguments)
+    assert result.code == 2
+    assert len(result.err.splitlines()) == 1 and "no CUDA device" in result.err
+
+
+@pytest.mark.parametrize("command", ["traffic", "run", "tune"])
+def test_help_names_what_is_accepted(call: Callable[..., Result], command: str) -> None:
+    assert command in call("--help").out
+    result = call(command, "--help")
+    assert result.code == 0
+    assert "soda-64" in result.out and "nhwc" in result.out
+
+
+def test_a_quick_run_appends_a_row_a_line(call: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "results" / "rows.jsonl"
+    arguments = ["run", "--cases", "tiny", "--layouts", "nhwc", "--modes", "fwd", "--quick", "--json", path]
+    first = call(*arguments)
+    assert first.code == 0, first.err
+    assert "geometric mean, fwd" in first.out and "apex: unavailable" in first.out
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["provider"]: row["status"] for row in rows} == {
+        "ours": "ok", "eager": "ok", "compile": "ok", "apex": "unavailable", "liger": "unavailable",
+    }  # fmt: skip
+    assert call(*arguments).code == 0
+    assert [json.loads(line)["provider"] for line in path.read_text().splitlines()] == 2 * [
+        row["provider"] for row in rows
+    ]
+
+
+@needs_interpreter
+def test_traffic_of_a_tiny_case(call: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "results" / "rows.json"
+    result = call("traffic", "--cases", "tiny", "--json", path)
+    assert result.code == 0, result.err
+    rows = json.loads(path.read_text())
+    assert [(row["layout"], row["mode"]) for row in rows] == [
+        ("nchw", "fwd"), ("nchw", "bwd"), ("nhwc", "fwd"), ("nhwc", "bwd"),
+    ]  # fmt: skip
+    for row in rows:
+        assert row.keys() >= TRAFFIC_KEYS
+        assert row["case"] == "tiny/2x16@8x8-g4-m2" and row["op"] == "modulated_group_norm"
+        assert row["bytes_floor"] == {"fwd": 8640, "bwd": 13120}[row["mode"]]
+        assert row["ratio"] == row["bytes_dram"] / row["bytes_floor"] >= 1
+        assert row["launches"] == len(row["kernels"]) >= 1
+        assert row["bytes_moved"] == sum(kernel["bytes_moved"] for kernel in row["kernels"])
+        assert row["arch"].keys() == {"sm_90"}
+        compiled = row["arch"]["sm_90"]
+        assert compiled.keys() >= ARCH_KEYS
+        assert compiled["registers"] == max(kernel["arch"]["sm_90"]["registers"] for kernel in row["kernels"])
+        assert compiled["programs"] >= 1 and compiled["max_vector_bytes"] in (4, 8, 16)
+        assert row["case"] in result.out and f"{row['ratio']:.3f}" in result.out
+    assert "a prediction, not a measurement" in result.out
+
+
+@needs_interpreter
+def test_traffic_that_is_cut_short_leaves_the_old_file(
+    call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import benchmarks.traffic
+
+    path = tmp_path / "rows.json"
+    path.write_text("[]\n")
+
+    def rows(*_: Any) -> Iterator[dict[str, Any]]:
+        yield {}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmarks.traffic, "traffic_rows", rows)
+    result = call("traffic", "--cases", "tiny", "--json", path)
+    assert result.code == 130
+    assert path.read_text() == "[]\n"
+    assert list(tmp_path.iterdir()) == [path]

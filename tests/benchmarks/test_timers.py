@@ -1,0 +1,57 @@
+"""Timers go round their providers, and their statistics are what they say."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import timers
+
+CPU = torch.device("cpu")
+
+
+def test_providers_take_turns() -> None:
+    calls: list[str] = []
+
+    def step(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.002)  # above the shortest sample: one call each
+
+    steps = {name: lambda name=name: step(name) for name in "abc"}
+    times = timers.wall(steps, device=CPU, budget_s=0.0, min_rounds=4)
+    assert "".join(calls) == "abc" + "abc" "cba" "abc" "cba"  # the first round counts how often to repeat
+    assert all(len(samples) == 4 and min(samples) >= 2000 for samples in times.values())
+
+
+def test_short_calls_are_repeated_and_divided() -> None:
+    count = 0
+
+    def step() -> None:
+        nonlocal count
+        count += 1
+        time.sleep(1e-4)
+
+    times = timers.wall({"a": step}, device=CPU, budget_s=0.0, min_rounds=2)
+    assert count > 4
+    assert all(100 <= sample < 2000 for sample in times["a"])
+
+
+def test_the_budget_ends_the_rounds() -> None:
+    times = timers.wall({"a": lambda: time.sleep(0.01)}, device=CPU, budget_s=0.1, min_rounds=2)
+    assert 2 < len(times["a"]) <= 11
+
+
+def test_statistics() -> None:
+    assert timers.summarize([float(value) for value in range(10, 0, -1)]) == {
+        "p50": 5.5, "p20": pytest.approx(2.8), "p80": pytest.approx(8.2), "min": 1.0, "n": 10,
+    }  # fmt: skip
+    assert timers.summarize([3.0])["p80"] == 3.0
+    assert timers.spread([1.0, 1.0, 9.0], [1.1]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("size", "sets"), [(10, 11), (50, 3), (100, 2), (1000, 1)])
+def test_input_sets_exceed_twice_the_cache(size: int, sets: int) -> None:
+    assert timers.num_input_sets(size, 50) == sets
+    assert sets * size > 2 * 50

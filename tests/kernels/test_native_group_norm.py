@@ -1,0 +1,359 @@
+"""The native CPU kernels of modulated group norm: values, gradients, layouts and bits, in each instruction set here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from soda_kernels import _native, modulated_group_norm
+from tests.kernels.norm_problems import FORMS, LAYOUTS, SHAPES, Form, Problem, problem
+from tests.numerics import assert_accurate
+
+_native.load()
+# Not in silence where it could be built: tests/packaging/test_native_build.py fails there.
+pytestmark = pytest.mark.skipif(not _native.status().available, reason=str(_native.status()))
+
+NATIVE, REFERENCE = torch.ops.soda_kernels, torch.ops.soda_kernels_reference
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+]
+# Odd and even, within one block of rows and beyond, groups of one channel, of all and across vectors.
+MORE_SHAPES = [
+    ((2, 96, 7, 7), 1),
+    ((2, 12, 5, 3), 12),
+    ((257, 6, 1, 1), 2),
+    ((2, 64, 16, 16), 32),
+    ((1, 40, 33, 70), 4),
+    ((2, 96, 3, 4, 5), 32),
+]
+
+
+def named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture(params=_native.ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run with one instruction set, and with the best again afterwards."""
+    best = _native.status().isa
+    try:
+        _native.use_isa(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    yield request.param
+    assert best is not None
+    _native.use_isa(best)
+
+
+def results(case: Problem) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+    """Outputs and gradients by name: of the op, of the composition, and of the composition in fp64."""
+    double, sides = case.to(torch.float64), []
+    output_gradients = [torch.randn_like(out) for out in case.composed()]
+    for problem_of, outputs in ((case, case.fused()), (case, case.composed()), (double, double.composed())):
+        gradients = problem_of.gradients(outputs, [dy.to(outputs[0].dtype) for dy in output_gradients])
+        sides.append({"y": outputs[0], **({"summed": outputs[1]} if outputs[1:] else {}), **gradients})
+    for name, result in sides[0].items():
+        assert result.dtype == case.leaves[name if name in case.leaves else "x"].dtype
+    return [(name, *(side[name].detach() for side in sides)) for name in sides[0]]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=named)
+def test_every_form(isa: str, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, form: Form) -> None:
+    for name, actual, composed, exact in results(problem((3, 24, 9, 7), 4, layout, form, dtype, parameter_dtype)):
+        assert_accurate(actual, composed, exact, name)
+
+
+@pytest.mark.parametrize("form", [FORMS[3], FORMS[6], FORMS[7]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+@pytest.mark.parametrize(
+    ("shape", "num_groups"), [case for case in SHAPES if 0 not in case[0]] + MORE_SHAPES, ids=lambda value: str(value)
+)
+def test_every_shape(isa: str, shape: tuple[int, ...], num_groups: int, dtype: torch.dtype, form: Form) -> None:
+    """In relative L2 error over all results: the largest error of four numbers, as some gradients are, is a draw."""
+    for layout in ["nchw"] + {4: ["nhwc"], 5: ["ndhwc"]}.get(len(shape), []):
+        case = problem(shape, num_groups, layout, form, dtype)
+        found = results(case)
+        if shape[1] // num_groups * torch.Size(shape[2:]).numel() <= 2:
+            # x_hat of one or two numbers is 0 or 1 to rounding, and its gradient rounding alone.
+            found = [result for result in found if result[0] in ("y", "summed")]
+        ours = sum(float((actual - exact).norm() / exact.norm()) ** 2 for _, actual, _, exact in found)
+        stock = sum(float((composed - exact).norm() / exact.norm()) ** 2 for _, _, composed, exact in found)
+        assert ours**0.5 <= 2 * stock**0.5 + torch.finfo(dtype).eps
+
+
+def call(case: Problem, op: Any, seed: Tensor | None = None) -> list[Tensor]:
+    """Forward and backward through one namespace's ops, all results in a row."""
+    leaves, form = {name: leaf.detach() for name, leaf in case.leaves.items()}, case.form
+    modulations = [leaves[f"{name}{i}"] for i in range(form.modulations) for name in ("scale", "shift")]
+    weight, bias, skip, residual = (leaves.get(name) for name in ("weight", "bias", "skip", "residual"))
+    options = form.scale_offset, form.activation == "silu", form.dropout_p, seed
+    outputs = op.modulated_group_norm(
+        leaves["x"], skip, residual, weight, bias, modulations, case.num_groups, options[0], 1e-5, *options[1:]
+    )
+    y, summed, mean, rstd = outputs
+    torch.manual_seed(3)
+    dy, dsummed = torch.randn_like(y), torch.randn_like(summed) if form.residual else None
+    gradients = op.modulated_group_norm_backward(
+        dy, dsummed, summed if form.residual else leaves["x"], skip, weight, bias, modulations, mean, rstd, *options
+    )
+    return tree_leaves((outputs, gradients))
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.9, 1e-7])
+@pytest.mark.parametrize("shape", [(3, 24, 4, 6), (3, 24, 9, 7), (2, 70, 80), (2, 24, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("pair", [False, True], ids=["image", "pair"])
+def test_dropout_masks_are_the_references_bit_for_bit(
+    isa: str, pair: bool, shape: tuple[int, ...], dropout_p: float
+) -> None:
+    form = Form(activation=None, pair=pair, dropout_p=dropout_p)
+    seeds = [torch.tensor(5), torch.tensor(-(2**40) - 1), torch.tensor([[7, 0], [-3, 0], [2**40, 0]])[: shape[0], 0]]
+    for layout in ["nchw"] + {4: ["nhwc"], 5: ["ndhwc"]}.get(len(shape), []):
+        case = problem(shape, 2, layout, form, torch.float32)
+        for seed in seeds:
+            actual, expected = call(case, NATIVE, seed), call(case, REFERENCE, seed)
+            assert torch.equal(actual[0] == 0, expected[0] == 0)
+            for result, reference in zip(actual, expected, strict=True):
+                torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", [FORMS[3], FORMS[6], FORMS[7]], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_bits_depend_on_no_thread_count_no_run_and_no_neighbour(
+    isa: str, dtype: torch.dtype, layout: str, form: Form
+) -> None:
+    case = problem((3, 96, 24, 20), 8, layout, form, dtype)
+    seed = torch.tensor([4, 1, 9]) if form.dropout_p else None
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 7, 1):
+            torch.set_num_threads(threads)
+            runs.append(call(case, NATIVE, seed))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    alone = replace(case, leaves={name: leaf if leaf.ndim == 1 else leaf[1:2] for name, leaf in case.leaves.items()})
+    outputs = call(alone, NATIVE, seed[1:2] if seed is not None else None)
+    assert torch.equal(outputs[0], runs[0][0][1:2])
+    assert torch.equal(outputs[2], runs[0][2][1:2])
+
+
+def in_other_layouts(case: Problem) -> dict[str, Tensor]:
+    """The case's tensors: the second and third image in the other layout, parameters with gaps between numbers."""
+    leaves = {}
+    for name, leaf in case.leaves.items():
+        if leaf.ndim > 2:
+            leaves[name] = leaf.detach().contiguous() if name in ("skip", "residual") else leaf.detach()
+        else:
+            leaves[name] = torch.stack((leaf.detach(), leaf.detach() + 1), dim=-1)[..., 0]
+    return leaves
+
+
+@pytest.mark.parametrize("form", [FORMS[6], FORMS[7]], ids=str)
+def test_other_layouts_and_strides_change_no_bit(isa: str, form: Form) -> None:
+    case = problem((3, 24, 9, 7), 4, "nhwc", form, torch.float32)
+    seed = torch.tensor(3)
+    expected = call(case, NATIVE, seed)
+    other = call(replace(case, leaves=in_other_layouts(case)), NATIVE, seed)
+    pairs = {name: leaf for name, leaf in case.leaves.items() if leaf.ndim == 2}
+    rows = {name: torch.cat((leaf, leaf), 1)[:, : leaf.shape[1]] for name, leaf in pairs.items()}
+    for found in (other, call(replace(case, leaves=case.leaves | rows), NATIVE, seed)):
+        for result, reference in zip(found, expected, strict=True):
+            assert torch.equal(result, reference)
+            assert result.stride() == reference.stride()
+
+
+def test_a_gradient_in_the_other_layout_changes_no_bit(isa: str) -> None:
+    for layout, other in (("nchw", "nhwc"), ("nhwc", "nchw")):
+        x = torch.randn(3, 24, 9, 7).contiguous(memory_format=LAYOUTS[layout])
+        statistics = torch.randn(3, 4), torch.rand(3, 4) + 0.5
+        dy, dsummed = torch.randn(3, 24, 9, 7), torch.randn(3, 24, 9, 7)
+        gradients = [
+            NATIVE.modulated_group_norm_backward(
+                *(t.contiguous(memory_format=LAYOUTS[name]) for t in (dy, dsummed)), x, None, None, None, [],
+                *statistics, 1.0, True, 0.0, None,
+            )[0]
+            for name in (layout, other)
+        ]  # fmt: skip
+        assert torch.equal(*gradients)
+        assert gradients[1].is_contiguous(memory_format=LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("kind", ["sliced", "channel-sliced", "expanded", "transposed"])
+def test_images_dense_in_no_layout(isa: str, kind: str) -> None:
+    x = {
+        "sliced": torch.randn(4, 16, 5, 12)[:, ::2, :, ::2],
+        "channel-sliced": torch.randn(4, 20, 5, 6).contiguous(memory_format=torch.channels_last)[:, 4:12],
+        "expanded": torch.randn(1, 8, 1, 6).expand(4, 8, 5, 6),
+        "transposed": torch.randn(4, 8, 6, 5).mT,
+    }[kind]
+    actual = NATIVE.modulated_group_norm(x, None, x, None, None, [], 4, 1.0, 1e-5, True, 0.0, None)
+    expected = NATIVE.modulated_group_norm(
+        x.contiguous(), None, x.contiguous(), None, None, [], 4, 1.0, 1e-5, True, 0.0, None
+    )
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3], FORMS[6], FORMS[7]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 3, 5), (2, 8, 1, 1), (1, 8, 2, 1), (2, 6, 2, 3, 5), (3, 6, 5), (3, 6)], ids=str
+)
+def test_strides_are_those_of_the_fake(shape: tuple[int, ...], form: Form) -> None:
+    for layout in ["nchw"] + {4: ["nhwc"], 5: ["ndhwc"]}.get(len(shape), []):
+        case = problem(shape, 2, layout, form, torch.bfloat16, torch.float32)
+        seed = torch.tensor(1)
+        real = {name: leaf.detach() for name, leaf in case.leaves.items()}
+        with FakeTensorMode() as mode:
+            leaves = tree_map_only(Tensor, mode.from_tensor, real)
+            fakes = call(replace(case, leaves=leaves), NATIVE, mode.from_tensor(seed))
+        for result, fake in zip(call(case, NATIVE, seed), fakes, strict=True):
+            assert (result.shape, result.dtype, result.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("shape", [(2, 64, 16, 16), (2, 32, 5, 3), (3, 8, 70, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_a_mean_far_above_the_deviation(isa: str, dtype: torch.dtype, shape: tuple[int, ...], layout: str) -> None:
+    """10000 +- 0.1 in fp32, and 100 +- 1 in bf16, which has no number between 10000 and 10048."""
+    mean, width = (10_000, 0.2) if dtype == torch.float32 else (100, 2)
+    x = (mean + width * (torch.rand(shape) - 0.5)).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    exact = torch.nn.functional.group_norm(x.double(), 4)
+    stock = torch.nn.functional.group_norm(x, 4)
+    y = modulated_group_norm(x, 4, activation=None)
+    assert (y - exact).norm() <= 2 * (stock - exact).norm() + exact.norm() * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_constant_gives_the_shift(isa: str, layout: str) -> None:
+    shift = torch.randn(2, 8)
+    for value in (0.0, 7.25, 0.1, 3e38):
+        x = torch.full((2, 8, 9, 15), value).contiguous(memory_format=LAYOUTS[layout])
+        y = modulated_group_norm(x, 2, modulations=[(torch.randn(2, 8), shift)], activation=None)
+        assert torch.equal(y, shift.view(2, 8, 1, 1).expand_as(y)) or value == 3e38
+        assert not y.isnan().any() or value == 3e38  # the sum of such a run is infinite in fp32
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_group(isa: str, value: float, layout: str) -> None:
+    x = torch.randn(2, 8, 9, 15).contiguous(memory_format=LAYOUTS[layout])
+    clean = modulated_group_norm(x, 2, dropout_p=0.5, seed=1)
+    x[1, 5, 2, 3] = value
+    y = modulated_group_norm(x, 2, dropout_p=0.5, seed=1)
+    assert y[1, 4:].isnan().all()
+    y[1, 4:] = clean[1, 4:]
+    assert torch.equal(y, clean)
+
+
+def test_silu_at_its_ends_is_finite_and_accurate(isa: str) -> None:
+    p = torch.cat((torch.linspace(-100, 100, 4001), torch.tensor([-3e38, -1e30, -88.8, -87.4, 87.4, 88.8, 1e30, 3e38])))
+    x, gain = torch.zeros(1, len(p), 1, 1), torch.zeros(1, len(p))
+    statistics = torch.zeros(1, 1), torch.ones(1, 1)
+    y = NATIVE.modulated_group_norm(x, None, None, None, p, [], 1, 0.0, 1e-5, True, 0.0, None)[0].flatten()
+    exact = p.double() * p.double().sigmoid()
+    assert ((y - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 2e-36 + 2e-38 * p.abs()).all()
+    # The gradient of the shift of a channel with one place is silu'(p) dy.
+    derivative = NATIVE.modulated_group_norm_backward(
+        torch.ones_like(x), None, x, None, None, p, [gain, gain + p], *statistics, 0.0, True, 0.0, None
+    )[4][1].flatten()
+    sigmoid = p.double().sigmoid()
+    exact = sigmoid * (1 + p.double() * (-p.double()).sigmoid())
+    assert ((derivative - exact).abs() <= 4e-7 + 2e-38 * p.abs()).all()
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
+    seed = torch.tensor(2)
+    for shape in ((0, 8, 3, 3), (2, 8, 0), (2, 8, 3, 0)):
+        case = problem(shape, 2, "nchw", FORMS[6], torch.float32)
+        for result, reference in zip(call(case, NATIVE, seed), call(case, REFERENCE, seed), strict=True):
+            assert (result.shape, result.dtype) == (reference.shape, reference.dtype)
+            assert torch.equal(result, reference)
+    for dtypes in ((torch.float64, torch.float64), (torch.float32, torch.float64), (torch.float64, torch.float32)):
+        case = problem((2, 8, 3, 5), 2, "nhwc", FORMS[6], *dtypes)
+        for result, reference in zip(call(case, NATIVE, seed), call(case, REFERENCE, seed), strict=True):
+            assert result.dtype == reference.dtype and torch.equal(result, reference)
+
+
+@pytest.mark.parametrize("form", [FORMS[6], FORMS[7]], ids=str)
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_opcheck(layout: str, form: Form) -> None:
+    case = problem((2, 8, 3, 5), 2, layout, form, torch.bfloat16, torch.float32)
+    leaves = {name: leaf.detach() for name, leaf in case.leaves.items()}
+    modulations = [leaves[f"{name}{i}"] for i in range(form.modulations) for name in ("scale", "shift")]
+    parts = leaves.get("skip"), leaves.get("residual"), leaves["weight"], leaves["bias"], modulations
+    arguments = (leaves["x"], *parts, 2, 1.0, 1e-5, True, 0.5, torch.tensor(1))
+    torch.library.opcheck(NATIVE.modulated_group_norm.default, arguments)
+
+
+X, ROW = torch.randn(2, 8, 3, 5), torch.randn(2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((X, None, None, torch.ones(7), None, [], 2), "weight"),
+        ((X, None, None, None, torch.ones(2, 8), [], 2), "bias"),
+        ((X, None, None, None, None, [ROW, ROW[:1]], 2), "modulations"),
+        ((X, None, None, None, None, [ROW], 2), "modulations has 1 tensors"),
+        ((X, None, None, None, None, [], 3), "num_groups is 3"),
+        ((X, X[..., :4], None, None, None, [], 2), "skip"),
+        ((X, None, X[:1], None, None, [], 2), "residual"),
+        ((X, X, X, None, None, [], 2), "residual came with skip"),
+    ],
+)
+def test_the_op_itself_refuses_what_would_be_read_out_of_bounds(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        NATIVE.modulated_group_norm(*arguments, 1.0, 1e-5, True, 0.0, None)
+    with pytest.raises(RuntimeError, match="seed"):
+        NATIVE.modulated_group_norm(X, None, None, None, None, [], 2, 1.0, 1e-5, True, 0.5, torch.arange(3))
+    with pytest.raises(RuntimeError, match="rstd"):
+        NATIVE.modulated_group_norm_backward(
+            X, None, X, None, None, None, [], ROW[:, :2], ROW[:1, :2], 1.0, True, 0.0, None
+        )
+
+
+def test_a_missing_library_is_said_and_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_native, "_library", None)
+    monkeypatch.setattr(_native, "_reason", "")
+    monkeypatch.setattr(_native, "LIBRARY", tmp_path / "libsoda_kernels.so")
+    monkeypatch.setattr(_native, "BUILD_NOTE", tmp_path / "native_build.txt")
+    _native.load()
+    assert str(_native.status()).startswith("no native CPU library: it was not built")
+    _native.BUILD_NOTE.write_text("there was no C++ compiler\n")
+    _native.load()
+    assert str(_native.status()) == "no native CPU library: there was no C++ compiler"
+    _native.LIBRARY.write_text("no library")
+    _native.load()
+    assert str(_native.status()).startswith("no native CPU library: it does not load: ")
+    with pytest.raises(ValueError, match="the native library is missing"):
+        _native.use_isa("generic")
+
+
+@pytest.mark.parametrize(("wanted", "outcome"), [("generic", "generic"), ("sse9", "SODA_CPU_ISA is 'sse9'; it must")])
+def test_the_environment_variable_chooses_the_instruction_set(wanted: str, outcome: str) -> None:
+    code = "from soda_kernels import _native; _native.load(); print(_native.status().isa)"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, _native.ISA_VARIABLE: wanted}, capture_output=True, text=True,
+        cwd=Path(_native.__file__).parents[1], check=False,
+    )  # fmt: skip
+    assert outcome in finished.stdout + finished.stderr
