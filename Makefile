@@ -50,5 +50,5 @@ $(READY): setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/csrc/*)
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[engine,test]'
-	@$(BIN)/python -c 'from soda_kernels import _native; _native.load(); print(_native.status())'
+	@$(BIN)/python -c 'import soda_kernels; print(soda_kernels.native_status())'
 	@echo '$(TORCH)' > $@

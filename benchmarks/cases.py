@@ -68,12 +68,12 @@ NORM_SHAPES = {
         NormShape(  8, 1024,   8,   8, modulations=1),
         _pair(8, 512, 512, 64),
     )),
-    "sd15": ShapeSet(2, (  # 8 images, which guidance makes 16
+    "sd15": ShapeSet(2, (
         NormShape(  8,  320,  64,  64, modulations=1),
-        NormShape( 16,  640,  32,  32, modulations=1),
-        NormShape( 16, 1280,  16,  16, modulations=1),
-        NormShape( 16, 1280,   8,   8, modulations=1),
-        _pair(16, 1280, 640, 32),
+        NormShape( 32,  640,  32,  32, modulations=1),
+        NormShape( 32, 1280,  16,  16, modulations=1),
+        NormShape( 32, 1280,   8,   8, modulations=1),
+        _pair(32, 1280, 640, 32),
         NormShape(  1,  320,  64,  64, modulations=1),
     )),
     "sdxl": ShapeSet(1, (

@@ -35,6 +35,18 @@ def assert_accurate(actual: Tensor, composition: Tensor, exact: Tensor, name: st
     )
 
 
+def assert_accurate_in_norm(actual: Tensor, composition: Tensor, exact: Tensor, name: str = "result") -> None:
+    """Require the error's norm to be at most twice the composition's, plus a rounding's: the rule for few values.
+
+    The largest error of a few dozen values is a draw; their norm much less so. Arguments as in `assert_accurate`.
+    """
+    assert actual.shape == exact.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(exact.shape)}"
+    rounding = torch.finfo(actual.dtype).eps
+    actual, composition, exact = (tensor.detach().double() for tensor in (actual, composition, exact))
+    error, allowed = float((actual - exact).norm()), float(2 * (composition - exact).norm() + rounding * exact.norm())
+    assert error <= allowed, f"{name}: an error of norm {error:.3g}, where {allowed:.3g} is allowed"
+
+
 def assert_exact(actual: Tensor, exact: Tensor, name: str = "result", tolerance: float = 1e-12) -> None:
     """Require equality up to fp64 rounding: a relative error in norm of at most `tolerance` (absolute below norm 1)."""
     assert actual.dtype == exact.dtype == torch.float64, f"{name} has dtype {actual.dtype}"

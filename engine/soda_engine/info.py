@@ -18,7 +18,7 @@ from soda_engine.models.soda import Soda
 from soda_engine.presets import PRESETS
 from soda_engine.train.checkpoint import load
 from soda_engine.train.distributed import resolve_device
-from soda_kernels import explain, register_flop_formulas
+from soda_kernels import explain, native_status, register_flop_formulas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,7 @@ def describe_model(config: SodaConfig, batch_size: int, device: torch.device) ->
         f"training state (weights, average, gradients, two moments, fp32): {_mib(5 * weights)}",
         f"z: {config.latent.dim} numbers in {model.num_sections} sections: {sections}",
         "",
+        str(native_status()),
         "kernels:",
         *_kernels(model, config, device),
     ]

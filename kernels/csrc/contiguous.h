@@ -85,6 +85,11 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
     norm.rstd[sample * norm.groups + group] = normal.rstd;
     return normal;
   };
+  // A few small groups at a time: the divisions and roots of one then wait beside the sums of the next.
+  constexpr int64_t most = 8;
+  const int64_t fitting = 2 * run_length / (channels * space), batch = fitting < 1 ? 1 : fitting < most ? fitting : most;
+  const int64_t ahead = batch * channels * space;
+  const bool streams = getenv("NT") && norm.batch * all * space * (int64_t)sizeof(T) >= atol(getenv("NT"));
   const auto apply = [&](int64_t c, const Normalization& normal) {
     const float a = scale[c - first_group * channels] * normal.rstd;
     const float b = shift[c - first_group * channels] - normal.mean_error * a;
@@ -94,20 +99,24 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
       if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + first, length, keep);
       for_vectors(length, [&](auto step, int64_t i, int64_t n) {
         Floats value[step.count];
+        prefetch_step(step, from + i + ahead);
         load_step<with_dropout>(step, from + i, n, value);
         for (int k = 0; k < step.count; ++k) value[k] = (value[k] - normal.mean) * a + b;
         if constexpr (with_silu) silu<is_coarse<T>>(value);
         if constexpr (with_dropout) {
           for (int k = 0; k < step.count; ++k) value[k] *= load_lanes<step.whole>(keep + i + k * lanes, n);
         }
+        if constexpr (step.count == 4) {
+          if (streams) {
+            stream_run(to + i, value);
+            return;
+          }
+        }
         store_step<with_dropout>(step, to + i, n, value);
       });
     });
   };
 
-  // A few small groups at a time: the divisions and roots of one then wait beside the sums of the next.
-  constexpr int64_t most = 8;
-  const int64_t fitting = 2 * run_length / (channels * space), batch = fitting < 1 ? 1 : fitting < most ? fitting : most;
   Normalization normal[most];
   for (int64_t group = first_group; group < last_group; group += batch) {
     const int64_t count = last_group - group < batch ? last_group - group : batch;
@@ -134,6 +143,8 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   float* const dp = scratch.take<float>(channels * space);  // of a group: the gradient before the activation
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
 
+  const int64_t ahead = channels * space;
+  const bool streams = getenv("NT") && norm.batch * all * space * (int64_t)sizeof(T) >= atol(getenv("NT"));
   for (int64_t group = first_group; group < last_group; ++group) {
     const int64_t begin = group * channels, end = begin + channels;
     const float mean = norm.mean[sample * norm.groups + group], rstd = norm.rstd[sample * norm.groups + group];
@@ -148,6 +159,8 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
         Floats plain_lanes[4] = {}, weighted_lanes[4] = {};
         for_vectors(length, [&](auto step, int64_t i, int64_t n) {
           Floats value[step.count], centered[step.count], slope[step.count];
+          prefetch_step(step, from + i + ahead);
+          prefetch_step(step, gradient + i + ahead);
           load_step<with_dropout>(step, from + i, n, centered);
           load_step<with_dropout>(step, gradient + i, n, value);
           for (int k = 0; k < step.count; ++k) {
@@ -187,6 +200,12 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
         if (dsummed) {
           load_step<with_dropout>(step, dsummed + c * space + i, n, direct);
           for (int k = 0; k < step.count; ++k) value[k] += direct[k];
+        }
+        if constexpr (step.count == 4) {
+          if (streams) {
+            stream_run(to + i, value);
+            return;
+          }
         }
         store_step<with_dropout>(step, to + i, n, value);
       });

@@ -230,6 +230,27 @@ SODA_INLINE void store_run(BFloat16* to, const Floats (&x)[4]) {
   std::memcpy(to, pairs, sizeof pairs);
 }
 
+// Past the caches, to an address on a whole line.
+SODA_INLINE void stream(void* to, Words bits) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(bits));
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(bits));
+#else
+  std::memcpy(to, &bits, sizeof bits);
+#endif
+}
+
+SODA_INLINE void stream_run(float* to, const Floats (&x)[4]) {
+  for (int k = 0; k < 4; ++k) stream(to + k * lanes, as_words(x[k]));
+}
+SODA_INLINE void stream_run(BFloat16* to, const Floats (&x)[4]) {
+  for (int k = 0; k < 2; ++k) {
+    stream(to + 2 * k * lanes, (rounded_to_bfloat16(x[2 * k]) >> 16) | (rounded_to_bfloat16(x[2 * k + 1]) & 0xffff0000u));
+  }
+}
+SODA_INLINE void stream_run(Half* to, const Floats (&x)[4]) { store_run(to, x); }
+
 // Zeros in all but the first `count` lanes.
 inline Floats first_lanes(Floats value, int64_t count) {
   float lane[lanes];

@@ -3,8 +3,10 @@
 Importing this package needs PyTorch alone: no GPU, no Triton, no compiler.
 """
 
+from soda_kernels import _native
 from soda_kernels._backend import explain, use_backend
 from soda_kernels._flops import register_flop_formulas
+from soda_kernels._native import native_status
 from soda_kernels.attention.api import attention, attention_qkvpacked
 from soda_kernels.diffusion.api import add_noise, denoising_loss, philox_normal, philox_uniform, sampler_step
 from soda_kernels.diffusion.schedule import NoiseSchedule
@@ -19,9 +21,12 @@ __all__ = [
     "denoising_loss",
     "explain",
     "modulated_group_norm",
+    "native_status",
     "philox_normal",
     "philox_uniform",
     "register_flop_formulas",
     "sampler_step",
     "use_backend",
 ]
+
+_native.load()

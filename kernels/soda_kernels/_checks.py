@@ -29,7 +29,7 @@ def check_float_tensor(name: str, value: object, *, min_ndim: int = 0) -> None:
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
     """Require exactly `shape`."""
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
 
 
@@ -47,6 +47,22 @@ def check_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None
     """Require the device of another argument."""
     if value.device != like.device:
         raise ValueError(f"{name} is on {value.device} and {like_name} on {like.device}; they must be on one device")
+
+
+def check_parameter(name: str, value: object, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
+    """Require a floating-point tensor of exactly `shape` on the device of another argument."""
+    # All at once first: one call a tensor is most of what a small image's checks cost.
+    if (
+        isinstance(value, Tensor)
+        and value.dtype in FLOAT_DTYPES
+        and value.shape == shape
+        and value.device == like.device
+    ):
+        return
+    check_float_tensor(name, value)
+    assert isinstance(value, Tensor)
+    check_shape(name, value, shape)
+    check_device(name, value, like_name, like)
 
 
 def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:

@@ -95,7 +95,7 @@ def use_isa(name: str) -> None:
         raise ValueError(f"{ISA_VARIABLE} is {name!r}, which this processor or the native library does not have")
 
 
-def status() -> NativeStatus:
-    """Return what `load` found."""
+def native_status() -> NativeStatus:
+    """Tell whether ops on CPU tensors run the native library, with which instruction set, or why not."""
     isa = None if _library is None else _library.soda_kernels_isa().decode()
     return NativeStatus(available=_library is not None, reason=_reason, isa=isa)

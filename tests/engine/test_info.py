@@ -11,6 +11,7 @@ from torch import nn
 
 from soda_engine import PRESETS, Soda
 from soda_engine.info import Info, _measure, describe, describe_model
+from soda_kernels import native_status
 from tests.engine.tiny_soda import tiny_config
 
 CPU = torch.device("cpu")
@@ -83,6 +84,7 @@ def test_a_described_run_shows_settings_and_model() -> None:
     text = describe(config)
     assert '"data": "digits"' in text and f'"total_images": {config.total_images}' in text
     assert f"(batch of {config.batch_size})" in text and "kernels:" in text
+    assert str(native_status()) in text.splitlines()
 
 
 def test_info_prints_presets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ class KernelReport:
     shared_bytes: int
     """Per program."""
     spills: int
-    """Instructions that touch local memory (NVIDIA), registers spilled (AMD)."""
+    """Instructions that touch local memory (NVIDIA), vector registers spilled (AMD)."""
     local_bytes: int
     """Stack of a thread."""
     accesses: tuple[Access, ...]

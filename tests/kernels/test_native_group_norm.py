@@ -22,7 +22,7 @@ from tests.numerics import assert_accurate
 
 _native.load()
 # Not in silence where it could be built: tests/packaging/test_native_build.py fails there.
-pytestmark = pytest.mark.skipif(not _native.status().available, reason=str(_native.status()))
+pytestmark = pytest.mark.skipif(not _native.native_status().available, reason=str(_native.native_status()))
 
 NATIVE, REFERENCE = torch.ops.soda_kernels, torch.ops.soda_kernels_reference
 DTYPES = [
@@ -51,7 +51,7 @@ def named(dtype: torch.dtype) -> str:
 @pytest.fixture(params=_native.ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run with one instruction set, and with the best again afterwards."""
-    best = _native.status().isa
+    best = _native.native_status().isa
     try:
         _native.use_isa(request.param)
     except ValueError as missing:
@@ -338,20 +338,20 @@ def test_a_missing_library_is_said_and_not_raised(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_native, "LIBRARY", tmp_path / "libsoda_kernels.so")
     monkeypatch.setattr(_native, "BUILD_NOTE", tmp_path / "native_build.txt")
     _native.load()
-    assert str(_native.status()).startswith("no native CPU library: it was not built")
+    assert str(_native.native_status()).startswith("no native CPU library: it was not built")
     _native.BUILD_NOTE.write_text("there was no C++ compiler\n")
     _native.load()
-    assert str(_native.status()) == "no native CPU library: there was no C++ compiler"
+    assert str(_native.native_status()) == "no native CPU library: there was no C++ compiler"
     _native.LIBRARY.write_text("no library")
     _native.load()
-    assert str(_native.status()).startswith("no native CPU library: it does not load: ")
+    assert str(_native.native_status()).startswith("no native CPU library: it does not load: ")
     with pytest.raises(ValueError, match="the native library is missing"):
         _native.use_isa("generic")
 
 
 @pytest.mark.parametrize(("wanted", "outcome"), [("generic", "generic"), ("sse9", "SODA_CPU_ISA is 'sse9'; it must")])
 def test_the_environment_variable_chooses_the_instruction_set(wanted: str, outcome: str) -> None:
-    code = "from soda_kernels import _native; _native.load(); print(_native.status().isa)"
+    code = "from soda_kernels import _native; _native.load(); print(_native.native_status().isa)"
     finished = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, _native.ISA_VARIABLE: wanted}, capture_output=True, text=True,
         cwd=Path(_native.__file__).parents[1], check=False,

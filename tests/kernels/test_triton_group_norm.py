@@ -22,7 +22,7 @@ from soda_kernels.group_norm.config import GroupNormConfig, candidates
 from soda_kernels.group_norm.config import Problem as Shape
 from tests.harness.memory import check_memory
 from tests.kernels.norm_problems import FORMS, LAYOUTS, Form, Problem, problem
-from tests.numerics import assert_accurate
+from tests.numerics import assert_accurate_in_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 in_the_interpreter = pytest.mark.skipif(DEVICE == "cuda", reason="only Triton's interpreter shows accesses to memory")
@@ -34,10 +34,10 @@ SHAPES = [
     ((3, 6, 5), 3),
     ((2, 7, 4, 4), 1),
     ((2, 5, 3, 3), 5),
-    ((2, 96, 3, 3), 32),
+    ((1, 96, 3, 3), 32),
     ((2, 8, 1, 1), 2),
     ((1, 4, 17, 13), 2),
-    ((20, 4, 2, 1), 2),
+    ((9, 4, 2, 1), 2),
     ((2, 6, 2, 3, 5), 3),
     ((2, 16, 8, 8), 2),
 ]
@@ -51,11 +51,11 @@ def forced(shape: Shape, variant: str) -> GroupNormConfig:
     """A config of a variant whose tiles are far smaller than a heuristic's, so that small inputs have many."""
     straddles = shape.channels % shape.group_channels != 0
     if straddles or variant == "split":
-        return GroupNormConfig(variant="split", slab=4, rows=8, num_warps=1, groups=shape.num_groups, tiles=2)
+        return GroupNormConfig(variant="split", slab=8, rows=16, num_warps=1, groups=shape.num_groups, tiles=2)
     parts = [c // shape.group_channels for c in (shape.channels, shape.skip_channels) if c]
     groups = math.gcd(*parts) if shape.num_samples % 2 else 1  # both one and several groups a program occur
     slab = power_of_two(groups * shape.group_channels)
-    rows = power_of_two(shape.spatial) if variant == "resident" else 8
+    rows = power_of_two(shape.spatial) if variant == "resident" else 16
     samples = 2 if variant == "resident" else 1
     return GroupNormConfig(variant=variant, slab=slab, rows=rows, num_warps=1, groups=groups, samples=samples)
 
@@ -89,26 +89,26 @@ def cases() -> Iterator[Any]:
 
 
 def assert_within_rounding(actual: Tensor, composition: Tensor, exact: Tensor, name: str = "result") -> None:
-    """For a handful of fp32 values, of which the composition's own error is no measure: 2e-5 of the largest, or of 1."""
+    """For a handful of fp32 values, where the composition's own error is a draw: 2e-5 of the largest, or of 1."""
     error, allowed = float((actual.double() - exact).abs().max()), 2e-5 * max(1.0, float(exact.abs().max()))
     assert error <= allowed, f"{name} is off by up to {error:.3g}, where {allowed:.3g} is allowed"
 
 
-def assert_matches(case: Problem, assert_accurate: Callable[..., None] = assert_accurate) -> None:
-    """Outputs and every gradient within the tolerance rule, in the case's layout."""
+def assert_matches(case: Problem, assert_close: Callable[..., None]) -> None:
+    """Outputs and every gradient are close enough to the fp64 composition, and in the case's layout."""
     actual, composed = case.fused(), case.composed()
     double = case.to(torch.float64)
     exact = double.composed()
     output_gradients = [torch.randn(out.shape).to(out) for out in actual]
     for out, plain, truth in zip(actual, composed, exact, strict=True):
         assert out.stride() == case.leaves["x"].stride() or case.form.pair
-        assert_accurate(out, plain, truth)
+        assert_close(out, plain, truth)
     gradients, plain_gradients = case.gradients(actual, output_gradients), case.gradients(composed, output_gradients)
     exact_gradients = double.gradients(exact, [gradient.double() for gradient in output_gradients])
     for name, gradient in gradients.items():
         assert gradient.dtype == case.leaves[name].dtype
         assert gradient.stride() == case.leaves[name].stride()
-        assert_accurate(gradient, plain_gradients[name], exact_gradients[name], name)
+        assert_close(gradient, plain_gradients[name], exact_gradients[name], name)
 
 
 @every_variant
@@ -134,14 +134,15 @@ def test_values_and_gradients(
 )
 def test_the_tolerance_rule(interpreted: None, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str) -> None:
     for form in (FORMS[3], FORMS[7]):
-        assert_matches(problem((2, 24, 9, 7), 4, layout, form, dtype, parameter_dtype, DEVICE))
+        case = problem((2, 24, 9, 7), 4, layout, form, dtype, parameter_dtype, DEVICE)
+        assert_matches(case, assert_accurate_in_norm)
 
 
 @every_variant
 def test_groups_of_one_value(interpreted: None) -> None:
     case = problem((3, 6), 6, "nchw", FORMS[3], torch.float32, device=DEVICE)
     (y,), (expected,) = case.fused(), case.composed()
-    assert torch.equal(y, expected)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     # Zero but for rounding, which 1 / sqrt(eps) = 316 amplifies.
     assert case.gradients((y,), [torch.ones_like(y)])["x"].abs().max() < 1e-4
 
@@ -149,7 +150,7 @@ def test_groups_of_one_value(interpreted: None) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(2, 32, 16, 16), (3, 12, 20, 20)], ids=lambda shape: "x".join(map(str, shape)))
 def test_the_heuristics_own_choice(interpreted: None, shape: tuple[int, ...], layout: str) -> None:
-    assert_matches(problem(shape, 4, layout, FORMS[6], torch.float32, device=DEVICE))
+    assert_matches(problem(shape, 4, layout, FORMS[6], torch.float32, device=DEVICE), assert_accurate_in_norm)
 
 
 @every_variant
@@ -159,15 +160,12 @@ def test_the_heuristics_own_choice(interpreted: None, shape: tuple[int, ...], la
 def test_error_in_norm_is_at_most_twice_torchs(interpreted: None, layout: str, dtype: torch.dtype, kind: str) -> None:
     offset, deviation = {"far": (10_000.0, 0.1), "constant": (3.7, 0.0), "plain": (0.5, 1.0)}[kind]
     x = (offset + deviation * torch.randn(2, 16, 12, 10)).to(DEVICE, dtype).contiguous(memory_format=LAYOUTS[layout])
-    weight, bias = (torch.rand(16) + 0.5).to(DEVICE), torch.randn(16).to(DEVICE)
+    weight, bias = (torch.rand(16) + 0.5).to(DEVICE, dtype), torch.randn(16).to(DEVICE, dtype)
     exact = torch.nn.functional.group_norm(x.double(), 4, weight.double(), bias.double())
-    if dtype == torch.float32:
-        torchs = torch.nn.functional.group_norm(x, 4, weight, bias)
-    else:
-        torchs = torch.nn.functional.group_norm(x, 4, weight.to(dtype), bias.to(dtype))
+    torchs = torch.nn.functional.group_norm(x, 4, weight, bias)
     ours = modulated_group_norm(x, 4, weight, bias, activation=None)
-    error, allowed = ((y.double() - exact).norm() / exact.norm() for y in (ours, torchs))
-    assert error <= 2 * allowed + torch.finfo(dtype).eps / 4, (float(error), float(allowed))
+    assert isinstance(ours, Tensor)
+    assert_accurate_in_norm(ours, torchs, exact)
 
 
 @every_variant
@@ -274,8 +272,6 @@ def test_launches(layout: str) -> None:
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
-    import triton.language as tl
-
     from tests.kernels.offsets_triton import tile_offsets
 
     out = torch.empty(8, 4, dtype=torch.int64, device=DEVICE)
@@ -289,7 +285,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
             rows, columns = row + torch.arange(8)[:, None], channel + torch.arange(4)[None, :]
             steps = (channels, 1) if channels_last else (1, space)
             expected = sample * space * channels + rows * steps[0] + columns * steps[1]
-            assert torch.equal(out.cpu(), expected * tl.float32.primitive_bitwidth // 8)
+            assert torch.equal(out.cpu(), expected * 4)  # bytes
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -49,7 +49,7 @@ def built_wheel(folder: Path) -> zipfile.ZipFile:
 def test_the_library_is_built_where_there_is_a_compiler() -> None:
     """What makes the skips of the native kernels' tests impossible on a machine that has a compiler."""
     _native.load()
-    assert _native.status().available, f"{_native.status()}; pip install -e . builds it"
+    assert _native.native_status().available, f"{_native.native_status()}; pip install -e . builds it"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_built_wheel_runs_from_any_folder_with_any_python(source: Path) -> Non
     assert "soda_kernels/native_build.txt" not in wheel.namelist()
     site = source.parent / "site"
     wheel.extractall(site)
-    code = "from soda_kernels import _native; _native.load(); print(_native.LIBRARY, _native.status().available)"
+    code = "from soda_kernels import _native; _native.load(); print(_native.LIBRARY, _native.native_status().available)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     finished = subprocess.run(
         [sys.executable, "-c", code], cwd=source.parent, env=environment, capture_output=True, text=True, check=False

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from soda_kernels import _checks
-from soda_kernels._autograd import first_derivative_only
+from soda_kernels._autograd import first_derivative_only, is_differentiated
 from soda_kernels._backend import current_ops
 from soda_kernels.group_norm import ops as _ops  # noqa: F401  registers the ops
 
-_MAX_MODULATIONS = 2
+# As messages name them. Made here: to put the names together again in every call took longer than the checks.
+_MODULATIONS = tuple((f"modulations[{index}] scale", f"modulations[{index}] shift") for index in range(2))
 
 
 def modulated_group_norm(
@@ -72,9 +73,15 @@ def modulated_group_norm(
         raise ValueError("seed is None; dropout_p > 0 needs a seed (an int, a 0-d tensor or one for each sample)")
     key = None if dropout_p == 0.0 else _checks.int64_scalar_or_vector("seed", seed, x.shape[0], x.device)  # type: ignore[arg-type]
     flat = [tensor for pair in modulations for tensor in pair]
-    y, summed = _ModulatedGroupNorm.apply(
-        x, skip, residual, weight, bias, num_groups, scale_offset, eps, activation == "silu", dropout_p, key, *flat
-    )
+    silu = activation == "silu"
+    if is_differentiated(x, skip, residual, weight, bias, *flat):
+        y, summed = _ModulatedGroupNorm.apply(
+            x, skip, residual, weight, bias, num_groups, scale_offset, eps, silu, dropout_p, key, *flat
+        )
+    else:
+        y, summed, _, _ = current_ops().modulated_group_norm.default(
+            x, skip, residual, weight, bias, flat, num_groups, scale_offset, eps, silu, dropout_p, key
+        )
     return y if residual is None else (y, summed)
 
 
@@ -86,7 +93,7 @@ class _ModulatedGroupNorm(torch.autograd.Function):
         *modulations: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ops = current_ops()
-        y, summed, mean, rstd = ops.modulated_group_norm(
+        y, summed, mean, rstd = ops.modulated_group_norm.default(
             x, skip, residual, weight, bias, modulations, num_groups, scale_offset, eps, silu, dropout_p, seed
         )
         normalized = x if residual is None else summed
@@ -101,7 +108,7 @@ class _ModulatedGroupNorm(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dy: Tensor, dsummed: Tensor | None) -> tuple[Any, ...]:
         x, skip, weight, bias, mean, rstd, seed, *modulations = ctx.saved_tensors
-        dx, dskip, dweight, dbias, dmodulations = ctx.ops.modulated_group_norm_backward(
+        dx, dskip, dweight, dbias, dmodulations = ctx.ops.modulated_group_norm_backward.default(
             dy, dsummed if ctx.has_residual else None, x, skip, weight, bias, modulations, mean, rstd,
             ctx.scale_offset, ctx.silu, ctx.dropout_p, seed,
         )  # fmt: skip
@@ -176,20 +183,18 @@ def _check(
         raise ValueError(f"num_groups is {num_groups}; it must divide the {channels} channels of x")
     if residual is not None:
         _checks.check_like("residual", residual, "x", x)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            _checks.check_float_tensor(name, parameter)
-            _checks.check_shape(name, parameter, (channels,))
-            _checks.check_device(name, parameter, "x", x)
+    if weight is not None:
+        _checks.check_parameter("weight", weight, (channels,), "x", x)
+    if bias is not None:
+        _checks.check_parameter("bias", bias, (channels,), "x", x)
     if not isinstance(modulations, tuple | list):
         raise TypeError(f"modulations is a {type(modulations).__name__}; it must be a sequence of (scale, shift) pairs")
-    if len(modulations) > _MAX_MODULATIONS:
-        raise ValueError(f"modulations has {len(modulations)} pairs; at most {_MAX_MODULATIONS} are accepted")
+    if len(modulations) > len(_MODULATIONS):
+        raise ValueError(f"modulations has {len(modulations)} pairs; at most {len(_MODULATIONS)} are accepted")
     for index, pair in enumerate(modulations):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"modulations[{index}] is a {type(pair).__name__}; it must be a pair (scale, shift)")
-        for name, tensor in zip(("scale", "shift"), pair, strict=True):
-            _checks.check_float_tensor(f"modulations[{index}] {name}", tensor)
-            _checks.check_shape(f"modulations[{index}] {name}", tensor, (x.shape[0], channels))
-            _checks.check_device(f"modulations[{index}] {name}", tensor, "x", x)
+        scale, shift = _MODULATIONS[index]
+        _checks.check_parameter(scale, pair[0], (x.shape[0], channels), "x", x)
+        _checks.check_parameter(shift, pair[1], (x.shape[0], channels), "x", x)
     _checks.check_choice("activation", activation, ("silu", None))

@@ -6,6 +6,7 @@ where two tensors are held, keep everything in registers; twice as much spills.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from soda_kernels._checks import image_memory_format
 # Elements that one program keeps in registers, by backward; fp32 inputs take twice the registers of 16-bit ones.
 _HELD_ELEMENTS = {False: 32768, True: 16384}
 _HELD_ELEMENTS_FP32 = {False: 16384, True: 8192}
-# Elements of a tile of a program that walks over several, and the warps that share it, in one launch and if split.
+# Elements of a tile of a program that walks over several.
 _WALK_ELEMENTS = 2048
-_LOOPED_WARPS, _SPLIT_WARPS = 8, 4
+_SPLIT_WARPS = 4
 # A walking program's groups must still lie in the L2 cache when it comes back to them: with one program on each of 132
 # multiprocessors, 224 KiB each is 29 MiB, half of an H100's or H200's L2.
 _WALK_BYTES = 224 * 1024
@@ -109,7 +110,15 @@ class GroupNormConfig:
 def choose(problem: Problem, device: torch.device) -> GroupNormConfig:
     """Return the config that was tuned for the problem on this GPU, or the heuristic's."""
     tuned = _tuning.look_up("group_norm", problem.key, device)
-    return GroupNormConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
+    if tuned:
+        return GroupNormConfig(**tuned)
+    config = heuristic(problem, _tuning.num_multiprocessors(device))
+    return for_wavefronts(config) if torch.version.hip else config
+
+
+def for_wavefronts(config: GroupNormConfig) -> GroupNormConfig:
+    """Return a config with as many threads in warps of 64 lanes, which AMD's are."""
+    return dataclasses.replace(config, num_warps=max(1, config.num_warps // 2))
 
 
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> GroupNormConfig:
@@ -125,36 +134,40 @@ def candidates(problem: Problem) -> Iterator[GroupNormConfig]:
 
 def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
     """Yield resident and looped configs; there are none where a group straddles the concatenation's boundary."""
-    held_limit = _held_limit(problem)
     if problem.channels % problem.group_channels:
         return
     parts = [c // problem.group_channels for c in (problem.channels, problem.skip_channels) if c]
     for groups in _divisors(math.gcd(*parts)):
         slab, rows = _power_of_two(groups * problem.group_channels), _power_of_two(problem.spatial)
-        if slab > 256:
+        if slab > _WALK_ELEMENTS // 8:
             break
-        # Sums over several groups of a channels_last slab take the registers of half a backward tile.
-        crowded = problem.backward and problem.channels_last and groups > 1
-        if slab * rows <= (held_limit // 2 if crowded else held_limit):
-            warps = min(16, max(1, slab * rows // (32 * (16 if problem.backward else 32))))
-            for samples in _sample_counts(problem):
+        tensors = 2 if problem.backward else 1
+        footprint = groups * problem.group_channels * problem.spatial * problem.element_bytes * tensors
+        for samples in _sample_counts(problem):
+            if slab * rows <= _held_limit(problem, groups, samples):
+                # Sums over groups and over samples at once leave a thread of sixteen warps too few registers.
+                per_thread = 16 if problem.backward and (groups == 1 or samples == 1) else 32
+                warps = min(16, max(1, slab * rows // (32 * per_thread)))
                 yield GroupNormConfig(
                     variant="resident", slab=slab, rows=rows, num_warps=warps, groups=groups, samples=samples
                 )
-        else:
-            tensors = 2 if problem.backward else 1
-            footprint = groups * problem.group_channels * problem.spatial * problem.element_bytes * tensors
-            if footprint <= _WALK_BYTES and slab <= _WALK_ELEMENTS // 8:
+            elif footprint <= _WALK_BYTES:
+                # fp32 values take the registers of half a tile, and so do the integers of a channels_last dropout mask.
+                masked = problem.dropout and problem.channels_last
+                elements = _WALK_ELEMENTS // (2 if problem.element_bytes == 4 or masked else 1)
                 yield GroupNormConfig(
-                    variant="looped", slab=slab, rows=_WALK_ELEMENTS // slab, num_warps=_LOOPED_WARPS, groups=groups
-                )
+                    variant="looped", slab=slab, rows=max(8, elements // slab), groups=groups, samples=samples,
+                    num_warps=elements * problem.element_bytes // (32 * 16),  # one 16-byte access a thread
+                )  # fmt: skip
 
 
-def _held_limit(problem: Problem) -> int:
-    """Return how many elements a program can keep in registers."""
+def _held_limit(problem: Problem, groups: int, samples: int) -> int:
+    """Return how many elements a program can keep in registers beside what else it keeps there."""
     limit = (_HELD_ELEMENTS if problem.element_bytes == 2 else _HELD_ELEMENTS_FP32)[problem.backward]
-    # The integers of the dropout mask take their share, twice in the backward: they compete with both tensors.
-    return limit // (4 if problem.backward else 2) if problem.dropout else limit
+    if problem.dropout:  # the integers of the mask; twice in the backward, where they compete with both tensors
+        limit //= 4 if problem.backward else 2
+    several_groups = groups > 1 and (problem.backward or not problem.channels_last)
+    return limit // 2 if several_groups or (samples > 1 and problem.backward) else limit
 
 
 def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
@@ -200,11 +213,13 @@ def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -
     if config.variant == "split":
         positions = min(problem.spatial, config.rows * config.tiles)
         sectors = _sector_overhead(problem, config.slab)
-        # Parameters, partial sums and coefficients of each chunk, some 24 bytes a channel; more launches.
-        passes = (5.0 if problem.backward else 3.0) * sectors + 24.0 / (positions * problem.element_bytes) + 0.25
-        return passes * idle
+        # Of each chunk: fp32 vectors (parameters, partial sums, coefficients), modulations, what the fold reads.
+        wide, narrow = (8, 4) if problem.backward else (4, 0)
+        chunk = wide * _whole_sectors(4 * config.slab) + narrow * _whole_sectors(problem.element_bytes * config.slab)
+        chunk = (chunk + 8 * config.slab) / (config.slab * positions * problem.element_bytes)
+        return ((5.0 if problem.backward else 3.0) * sectors + chunk + 0.25) * idle  # 0.25: launches
     used = config.groups * problem.group_channels
-    if _sector_overhead(problem, used) > 1.0 or (large and programs < 0.95 * num_multiprocessors):
+    if _sector_overhead(problem, used) > 1.0 or (large and programs < num_multiprocessors):
         return math.inf
     tensors, vectors = (3, 8) if problem.backward else (2, 4)
     image = tensors * used * problem.spatial * problem.element_bytes

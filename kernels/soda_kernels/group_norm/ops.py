@@ -11,6 +11,7 @@ from torch import Tensor
 
 from soda_kernels._checks import image_memory_format
 from soda_kernels._library import define
+from soda_kernels._native import native_status
 from soda_kernels.group_norm import reference
 from soda_kernels.group_norm.config import Problem, choose
 
@@ -83,7 +84,7 @@ def _describe(
     if reason:
         return "reference", {}, reason
     if device_type == "cpu":
-        return "native", {}, "the native library is loaded"
+        return "native", {"isa": native_status().isa}, "the native library is loaded"
     problem = Problem.of(x, skip, num_groups, backward=backward, dropout=dropout_p > 0.0)
     return "triton", dataclasses.asdict(choose(problem, x.device)), f"{problem.key} of {x.device}"
 

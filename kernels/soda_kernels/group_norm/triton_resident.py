@@ -42,15 +42,15 @@ def _modulated_group_norm_fwd_resident_kernel(
     for sample in range(first_sample, tl.minimum(first_sample + SAMPLES, num_samples)):
         wide_sample = tl.cast(sample, tl.int64)
         # Sums are taken of x minus one element of the group: exact digits when the mean is large.
-        anchor = (wide_sample * part_channels + part_channel) * spatial
-        anchors = column // GROUP_CHANNELS * GROUP_CHANNELS
-        if not CHANNELS_LAST:
-            anchors = anchors.to(tl.int64) * spatial
+        group_channel = part_channel + group * GROUP_CHANNELS
         if CHANNELS_LAST:
-            anchor = wide_sample * part_channels * spatial + part_channel
-        pivot = tl.load(source_ptr + anchor + anchors, mask=owned, other=0.0).to(tl.float32)
+            anchor = wide_sample * spatial * part_channels + group_channel
+        else:
+            anchor = (wide_sample * part_channels + group_channel) * spatial
+        pivot_g = tl.load(source_ptr + anchor, mask=group < GROUPS, other=0.0).to(tl.float32)
         if residual_ptr is not None:
-            pivot += tl.load(residual_ptr + anchor + anchors, mask=owned, other=0.0).to(tl.float32)
+            pivot_g += tl.load(residual_ptr + anchor, mask=group < GROUPS, other=0.0).to(tl.float32)
+        pivot = device.spread(pivot_g, GROUP_CHANNELS, GROUPS_PADDED, SLAB)
 
         if HELD:
             mask = (row < spatial)[:, None] & owned[None, :]
@@ -87,9 +87,6 @@ def _modulated_group_norm_fwd_resident_kernel(
             squares = device.group_sum(squares, GROUP_CHANNELS, GROUPS_PADDED, SLAB)
 
         rstd = 1.0 / tl.sqrt_rn(squares / elements + eps)
-        pivot_g = device.group_sum(
-            tl.where(column % GROUP_CHANNELS == 0, pivot, 0.0), GROUP_CHANNELS, GROUPS_PADDED, SLAB
-        )
         statistic = wide_sample * num_groups + first_channel // GROUP_CHANNELS + group
         tl.store(mean_ptr + statistic, mean + pivot_g, mask=group < GROUPS)
         tl.store(rstd_ptr + statistic, rstd, mask=group < GROUPS)

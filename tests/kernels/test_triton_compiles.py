@@ -1,0 +1,102 @@
+"""What the kernels of modulated group norm become on GPUs that need not be there: no spills, wide accesses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.cases import MEASURED_SETS, norm_cases
+from benchmarks.plans import norm_plan
+from soda_kernels.aot import specify
+from soda_kernels.group_norm.config import for_wavefronts
+from tests.harness.compilation import compile_specs, gate
+
+# The arguments as large as an image: for these the width of an access decides the speed.
+IMAGES = frozenset(
+    {"x_ptr", "skip_ptr", "residual_ptr", "y_ptr", "summed_ptr", "dy_ptr", "dsummed_ptr", "dx_ptr", "dskip_ptr"}
+)
+H200_MULTIPROCESSORS = 132
+MAX_LAUNCHES = {("resident", "fwd"): 1, ("looped", "fwd"): 1, ("split", "fwd"): 3,
+                ("resident", "bwd"): 2, ("looped", "bwd"): 2, ("split", "bwd"): 4}  # fmt: skip
+
+
+def complaints(plans: list[Any], arch: str) -> list[str]:
+    """What the gates say of every launch of some plans."""
+    launches = [launch for plan in plans for launch in plan.launches]
+    reports = compile_specs([specify(launch) for launch in launches], arch)
+    found = [
+        f"{launch.kernel.fn.__name__} {launch.constants}: {complaint}"
+        for launch, report in zip(launches, reports, strict=True)
+        for complaint in gate(report, tensors=IMAGES)
+    ]
+    # Beside its tiles, the statistics kernel loads one element of each channel, to centre its sums on.
+    return [each for each in found if not ("fwd_statistics" in each and "_ptr (4 of 4 bytes)" in each)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("shape_set", MEASURED_SETS)
+def test_the_heuristics_choices_for_the_measured_shapes(shape_set: str, layout: str) -> None:
+    plans = []
+    for case in norm_cases([shape_set], [layout], "bf16"):
+        for mode in ("fwd", "bwd"):
+            plan = norm_plan(case, mode, "meta")
+            assert len(plan.launches) <= MAX_LAUNCHES[plan.config.variant, mode], (case.id, mode)
+            if case.num_elements * 2 >= 1 << 20:
+                passes = [launch for launch in plan.launches if IMAGES & launch.arguments.keys()]
+                assert min(launch.num_programs for launch in passes) >= H200_MULTIPROCESSORS, (case.id, mode)
+            plans.append(plan)
+    assert complaints(plans, "sm_90") == []
+
+
+def images(count: int, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    memory_format = torch.channels_last if layout == "nhwc" else torch.contiguous_format
+    for _ in range(count):
+        yield torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def full_plans(shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, wavefronts: bool = False) -> list[Any]:
+    """Both directions with everything that can be fused: residual, two modulations, dropout."""
+    from soda_kernels.group_norm.triton_impl import plan_backward, plan_forward
+
+    x, residual, dy, dsummed = images(4, shape, layout, dtype)
+    weight, bias = (torch.empty(shape[1], device="meta") for _ in range(2))
+    modulations = [torch.empty(shape[:2], dtype=dtype, device="meta") for _ in range(4)]
+    mean, rstd = (torch.empty(shape[0], 32, device="meta") for _ in range(2))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    parameters = (weight, bias, modulations)
+    forward = (x, None, residual, *parameters, 32, 1.0, 1e-5, True, 0.1, seed)
+    backward = (dy, dsummed, x, None, *parameters, mean, rstd, 1.0, True, 0.1, seed)
+    plans = [plan_forward(*forward), plan_backward(*backward)]
+    if not wavefronts:
+        return plans
+    configs = [for_wavefronts(plan.config) for plan in plans]
+    return [plan_forward(*forward, config=configs[0]), plan_backward(*backward, config=configs[1])]
+
+
+SHAPES = [(128, 128, 32, 32), (64, 576, 16, 16), (16, 256, 64, 64), (1, 320, 64, 64)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_everything_fused(dtype: torch.dtype, layout: str) -> None:
+    plans = [plan for shape in SHAPES for plan in full_plans(shape, layout, dtype)]
+    assert complaints(plans, "sm_90") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_other_architectures(arch: str, layout: str) -> None:
+    wavefronts = arch == "gfx942"
+    plans = [
+        plan
+        for shape in SHAPES[:1] + SHAPES[3:]
+        for plan in full_plans(shape, layout, torch.bfloat16, wavefronts=wavefronts)
+    ]
+    assert complaints(plans, arch) == []
