@@ -161,6 +161,28 @@ def test_layout_and_kernels_change_speed_alone(tmp_path: Path, change: dict[str,
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 2.0**-24), ("bf16", 2.0**-9)])
+def test_kernels_change_two_hundred_steps_as_rounding_does(tmp_path: Path, precision: str, rounding: float) -> None:
+    """The measure is the reference itself, once with its initial weights off by half a unit in the last place."""
+    curves = {}
+    for name, kernels in (("reference", "reference"), ("nudged", "reference"), ("auto", "auto")):
+        trainer = Trainer(tiny_run(tmp_path / name, kernels=kernels, precision=precision, total_images=16 * 200))
+        if name == "nudged":
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for weight in trainer.model.parameters():
+                    sign = 2.0 * torch.randint(0, 2, weight.shape, generator=generator) - 1.0
+                    weight.mul_(1.0 + rounding * sign)
+        trainer.train()
+        curves[name] = torch.tensor([record["loss"] for record in records(tmp_path / name)], dtype=torch.float64)
+    reference = curves.pop("reference")
+    assert len(reference) == 200
+    nudged, auto = (((curve - reference) / reference).abs() for curve in curves.values())
+    assert auto[0] <= 100 * rounding  # before the first update
+    assert auto.mean() <= 3 * nudged.mean() and auto.max() <= 3 * nudged.max()
+
+
 def test_bf16_trains(tmp_path: Path) -> None:
     Trainer(tiny_run(tmp_path / "bf16", precision="bf16")).train()
     Trainer(tiny_run(tmp_path / "fp32", precision="fp32")).train()

@@ -69,7 +69,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     if variant:
         monkeypatch.setattr(triton_impl, "choose", lambda shape, device: forced(shape, variant))
     namespace = SimpleNamespace(
-        modulated_group_norm=ops._gpu_forward, modulated_group_norm_backward=ops._gpu_backward
+        modulated_group_norm=SimpleNamespace(default=ops._gpu_forward),
+        modulated_group_norm_backward=SimpleNamespace(default=ops._gpu_backward),
     )
     monkeypatch.setattr(api, "current_ops", lambda: namespace)
 
