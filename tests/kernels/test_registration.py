@@ -201,6 +201,23 @@ def test_compiles_with_inductor() -> None:
     torch.testing.assert_close(value_and_gradient(compiled, x), value_and_gradient(step, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_compiled_backward_may_bring_a_gradient_in_the_other_layout() -> None:
+    torch._dynamo.reset()
+    target = torch.randn(3, 8, 6, 5)
+
+    def step(x: Tensor) -> Tensor:
+        y = sk.modulated_group_norm(x, 4)
+        assert isinstance(y, Tensor)
+        return (y.contiguous() * target).sum((1, 2, 3))
+
+    x = channels_last(3, 8, 6, 5)
+    compiled = torch.compile(step, fullgraph=True)
+    actual, expected = value_and_gradient(compiled, x), value_and_gradient(step, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert actual[1].stride() == x.stride()
+
+
 def test_seeds_and_indices_that_change_do_not_recompile_for_each_value() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")

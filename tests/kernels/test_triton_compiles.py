@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.cases import MEASURED_SETS, norm_cases
 from benchmarks.plans import norm_plan
 from soda_kernels.aot import specify
-from soda_kernels.group_norm.config import for_wavefronts
+from soda_kernels.group_norm.config import GroupNormConfig, for_wavefronts
 from tests.harness.compilation import compile_specs, gate
 
 # The arguments as large as an image: for these the width of an access decides the speed.
@@ -76,6 +76,31 @@ def full_plans(shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, wavef
         return plans
     configs = [for_wavefronts(plan.config) for plan in plans]
     return [plan_forward(*forward, config=configs[0]), plan_backward(*backward, config=configs[1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["resident", "looped", "split"])
+def test_sizes_of_one_compile(variant: str) -> None:
+    """Triton makes a constant of every integer argument that is 1, which has fewer methods than a number."""
+    from soda_kernels.group_norm.triton_impl import plan_backward, plan_forward
+
+    for shape, num_groups in [((1, 1, 1, 1), 1), ((1, 4, 1), 2), ((2, 1, 5), 1), ((1, 2, 9), 2)]:
+        x, dy = (torch.empty(shape, device="meta") for _ in range(2))
+        statistics = [torch.empty(shape[0], num_groups, device="meta") for _ in range(2)]
+        modulations = [torch.empty(shape[:2], device="meta") for _ in range(2)]
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        groups = num_groups if variant == "split" else 1
+        slab = 1 << (groups * shape[1] // num_groups - 1).bit_length()
+        rows = 1 << (x[0, 0].numel() - 1).bit_length() if variant == "resident" else 8
+        config = GroupNormConfig(variant=variant, slab=slab, rows=rows, num_warps=1, groups=groups)
+        weight, bias = (torch.empty(shape[1], device="meta") for _ in range(2))
+        parameters = (weight, bias, modulations)
+        plans = [
+            plan_forward(x, None, None, *parameters, num_groups, 1.0, 1e-5, True, 0.5, seed, config=config),
+            plan_backward(dy, None, x, None, *parameters, *statistics, 1.0, True, 0.5, seed, config=config),
+        ]
+        launches = [launch for plan in plans for launch in plan.launches]
+        assert len(compile_specs([specify(launch) for launch in launches], "sm_90")) == len(launches)
 
 
 SHAPES = [(128, 128, 32, 32), (64, 576, 16, 16), (16, 256, 64, 64), (1, 320, 64, 64)]

@@ -146,7 +146,7 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
         for samples in _sample_counts(problem):
             if slab * rows <= _held_limit(problem, groups, samples):
                 # Sums over groups and over samples at once leave a thread of sixteen warps too few registers.
-                per_thread = 16 if problem.backward and (groups == 1 or samples == 1) else 32
+                per_thread = 16 if problem.dropout or (problem.backward and (groups == 1 or samples == 1)) else 32
                 warps = min(16, max(1, slab * rows // (32 * per_thread)))
                 yield GroupNormConfig(
                     variant="resident", slab=slab, rows=rows, num_warps=warps, groups=groups, samples=samples
@@ -164,10 +164,9 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
 def _held_limit(problem: Problem, groups: int, samples: int) -> int:
     """Return how many elements a program can keep in registers beside what else it keeps there."""
     limit = (_HELD_ELEMENTS if problem.element_bytes == 2 else _HELD_ELEMENTS_FP32)[problem.backward]
-    if problem.dropout:  # the integers of the mask; twice in the backward, where they compete with both tensors
-        limit //= 4 if problem.backward else 2
-    several_groups = groups > 1 and (problem.backward or not problem.channels_last)
-    return limit // 2 if several_groups or (samples > 1 and problem.backward) else limit
+    if problem.dropout:  # the integers of the mask
+        limit //= 4
+    return limit // 2 if groups > 1 or (samples > 1 and problem.backward) else limit
 
 
 def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:

@@ -106,6 +106,7 @@ def plan_backward(
     layout = image_memory_format(x)
     # A compiled backward may hand on a gradient in another layout.
     x, dy, (skip, dsummed) = *(t.contiguous(memory_format=layout) for t in (x, dy)), _in_layout(layout, skip, dsummed)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
     problem = Problem.of(x, skip, rstd.shape[1], backward=True, dropout=dropout_p > 0.0)
     config = config or choose(problem, x.device)
     dx = _image_like(x, problem.channels, layout)

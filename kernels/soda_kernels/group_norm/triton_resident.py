@@ -230,4 +230,4 @@ def _modulated_group_norm_bwd_resident_kernel(
     if sums_ptr is not None:
         own = tl.cast(block, tl.int64) * all_channels + channel
         tl.store(sums_ptr + own, dweight, mask=owned)
-        tl.store(sums_ptr + num_blocks * all_channels + own, dbias, mask=owned)
+        tl.store(sums_ptr + tl.cast(num_blocks, tl.int64) * all_channels + own, dbias, mask=owned)

@@ -270,7 +270,7 @@ def _modulated_group_norm_bwd_fold_kernel(
     if sums_ptr is not None:
         own = sums_ptr + sample * all_channels + channel
         tl.store(own, dscale, mask=owned)
-        tl.store(own + num_samples * all_channels, dshift, mask=owned)
+        tl.store(own + tl.cast(num_samples, tl.int64) * all_channels, dshift, mask=owned)
 
 
 @triton.jit
