@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# Beside the installed one, the Triton of PyTorch 2.11, which GPU machines have.
+TRITON ?= 3.6.0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +11,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types check clean
+.PHONY: help demo test gate lint types check clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +22,11 @@ demo: $(READY)  ## train, probe and draw on a small data set; results in runs/de
 
 test: $(READY)  ## run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gate: $(READY)  ## compile the kernels with another Triton, TRITON=3.6.0, and check what they become
+	@test -d $(VENV)/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/triton-$(TRITON) 'triton==$(TRITON)'
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest tests/kernels/test_triton_compiles.py -k measured_shapes
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

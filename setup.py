@@ -139,7 +139,9 @@ def _build(folder: Path, library: Path) -> None:
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).resolve().parent
-    settings = [f"-DTORCH_FOLDER={torch}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    settings = [f"-DTORCH_FOLDER={torch}"]
+    if "CXX" not in os.environ:  # which CMake reads itself, with a launcher or flags in it
+        settings.append(f"-DCMAKE_CXX_COMPILER={compiler}")
     configure = [cmake, "-S", source, "-B", folder, *generator, *settings]
     for command in (configure, [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)]):
         finished = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
@@ -151,14 +153,6 @@ def _build(folder: Path, library: Path) -> None:
     shutil.copyfile(folder / library.name, library)
 
 
-def _build_requirements() -> list[str]:
-    """Ask pip for the build tools that a machine with a compiler may lack."""
-    if _wish() == "0" or _compiler() is None:
-        return []
-    cmake = [] if shutil.which("cmake") else ["cmake>=3.18"]
-    return cmake + ([] if shutil.which("ninja") or shutil.which("make") else ["ninja"])
-
-
 if __name__ == "__main__":
     sources = Path("kernels/csrc")
     setup(
@@ -166,7 +160,6 @@ if __name__ == "__main__":
         packages=find_packages("kernels") + find_packages("engine"),
         install_requires=DEPENDENCIES,
         extras_require=EXTRAS,
-        setup_requires=_build_requirements(),
         ext_modules=[
             Extension(
                 "soda_kernels.native",

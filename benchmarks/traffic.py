@@ -17,6 +17,7 @@ import torch
 from benchmarks.cases import NormCase, norm_floor_bytes
 from benchmarks.metering import hurried_interpreter, metered_bytes
 from benchmarks.plans import norm_plan
+from benchmarks.records import describe_environment
 from benchmarks.roofline import H200, norm_flops, occupancy
 from benchmarks.tables import show_progress, table
 from soda_kernels.aot import specify
@@ -93,6 +94,7 @@ def _row(planned: _Planned, reports: dict[str, dict[str, KernelReport]]) -> dict
         "launches": len(kernels), "arch": {arch: _worst(kernels, arch) for arch in reports},
         "kernels": kernels, "config": dataclasses.asdict(plan.config),
         "metered_sizes": [dataclasses.asdict(size) for size in sizes],
+        "env": describe_environment(torch.device("cpu")),
         "predicted_us": H200.least_us(dram, norm_flops(case, mode)), "prediction": PREDICTION,
     }  # fmt: skip
 

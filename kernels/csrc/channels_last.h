@@ -2,6 +2,9 @@
 // vectors run along the channels, so that a sum over space is a sum over rows in each lane.
 #pragma once
 
+#include <numeric>
+#include <type_traits>
+
 #include "unit.h"
 
 namespace soda::SODA_ISA::channels_last {
@@ -10,6 +13,9 @@ namespace soda::SODA_ISA::channels_last {
 constexpr int64_t block_rows = 64;
 // Channels of a dropout tile: 64 rows of its factors take 16 KiB.
 constexpr int64_t tile_channels = 64;
+
+// A slab of at most this, with its results and the next one, lies in a second-level cache of 2 MiB.
+constexpr int64_t prefetched_bytes = 640 << 10;
 
 // A slab's part in one of the images: `data` is its first channel at the sample's first place.
 template <class T>
@@ -185,7 +191,9 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
     }
   }
 
+  const bool prefetches = width == norm.all_channels() && width * norm.space <= prefetched_bytes / static_cast<int64_t>(sizeof(T));
   for (const auto& image : x) {
+    const int64_t ahead = prefetches ? image.width * norm.space : 0;
     for_tiles<with_dropout>(norm, sample, first, image, keep, [&](const Tile& tile) {
       const int64_t at = image.offset + tile.channel;
       for_rows(tile.first, tile.last, tile.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
@@ -193,6 +201,7 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
                      b = load(coefficients.shift + at + c);
         Floats value[step.count];
         for (int r = 0; r < step.count; ++r) {
+          if (prefetches) prefetch(image.row(row + r) + tile.channel + c + ahead);
           value[r] = (load_lanes<step.whole>(image.row(row + r) + tile.channel + c, n) - mean) * a + b;
         }
         if constexpr (with_silu) silu<is_coarse<T>>(value);
@@ -281,6 +290,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
     }
   }
 
+  const bool streams = streams_gradients<T>(norm, std::gcd(norm.channels[0], norm.channels[1]));
   for (int which = 0; which < 2; ++which) {
     const Part<const T>& image = x[which];
     const int64_t at = image.offset;
@@ -291,10 +301,17 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
         const Floats centered = load_lanes<step.whole>(image.row(row + r) + c, n) - mean;
         Floats value = load_lanes<step.whole>(dp + (row + r) * width + at + c, n) * a + (centered * k + offset);
         if (adds) value += load_lanes<step.whole>(dsummed.row(row + r) + c, n);
+        if constexpr (step.whole && std::is_same_v<T, float>) {
+          if (streams) {
+            stream(dx[which].row(row + r) + c, value);
+            continue;
+          }
+        }
         store_lanes<step.whole>(dx[which].row(row + r) + c, value, n);
       }
     });
   }
+  if (streams) end_stream();
   unfold(norm, sample, first, width, affine, weighted, plain, scratch.take<float>(width));
 }
 

@@ -89,7 +89,6 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
   constexpr int64_t most = 8;
   const int64_t fitting = 2 * run_length / (channels * space), batch = fitting < 1 ? 1 : fitting < most ? fitting : most;
   const int64_t ahead = batch * channels * space;
-  const bool streams = getenv("NT") && norm.batch * all * space * (int64_t)sizeof(T) >= atol(getenv("NT"));
   const auto apply = [&](int64_t c, const Normalization& normal) {
     const float a = scale[c - first_group * channels] * normal.rstd;
     const float b = shift[c - first_group * channels] - normal.mean_error * a;
@@ -105,12 +104,6 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
         if constexpr (with_silu) silu<is_coarse<T>>(value);
         if constexpr (with_dropout) {
           for (int k = 0; k < step.count; ++k) value[k] *= load_lanes<step.whole>(keep + i + k * lanes, n);
-        }
-        if constexpr (step.count == 4) {
-          if (streams) {
-            stream_run(to + i, value);
-            return;
-          }
         }
         store_step<with_dropout>(step, to + i, n, value);
       });
@@ -144,7 +137,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
 
   const int64_t ahead = channels * space;
-  const bool streams = getenv("NT") && norm.batch * all * space * (int64_t)sizeof(T) >= atol(getenv("NT"));
+  const bool streams = streams_gradients<T>(norm, space);
   for (int64_t group = first_group; group < last_group; ++group) {
     const int64_t begin = group * channels, end = begin + channels;
     const float mean = norm.mean[sample * norm.groups + group], rstd = norm.rstd[sample * norm.groups + group];
@@ -201,16 +194,12 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
           load_step<with_dropout>(step, dsummed + c * space + i, n, direct);
           for (int k = 0; k < step.count; ++k) value[k] += direct[k];
         }
-        if constexpr (step.count == 4) {
-          if (streams) {
-            stream_run(to + i, value);
-            return;
-          }
-        }
-        store_step<with_dropout>(step, to + i, n, value);
+        if (streams) stream_step<with_dropout>(step, to + i, n, value);
+        else store_step<with_dropout>(step, to + i, n, value);
       });
     }
   }
+  if (streams) end_stream();
   unfold(norm, sample, first_channel, width, affine, dscale, dshift, scratch.take<float>(width));
 }
 

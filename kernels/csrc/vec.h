@@ -88,12 +88,12 @@ SODA_INLINE float sum_of_lanes(Floats value) {
 
 // To nearest, ties to even; in the upper half of each word, the lower one being of no meaning.
 SODA_INLINE Words rounded_to_bfloat16(Floats value) {
-  const Words bits = as_words(value), sum = bits + 0x7fffu + (bits >> 16 & 1u);
 #if defined(__AVX512F__)
-  const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return reinterpret_cast<Words>(
-      _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(sum), is_nan, _mm512_set1_epi32(0x7fc00000)));
+  // Any NaN becomes the one that rounding leaves a NaN; everything else stays. In one operation, not two.
+  const Words bits = as_words(_mm512_fixupimm_ps(value, value, _mm512_set1_epi32(0x33), 0));
+  return bits + 0x7fffu + (bits >> 16 & 1u);
 #else
+  const Words bits = as_words(value), sum = bits + 0x7fffu + (bits >> 16 & 1u);
   const Words is_nan = reinterpret_cast<Words>(value != value);
   return (sum & ~is_nan) | (is_nan & 0x7fc00000u);
 #endif
@@ -222,34 +222,46 @@ SODA_INLINE void load_run(const BFloat16* from, Floats (&x)[4]) {
   }
 }
 
+SODA_INLINE Words bfloat16_pairs(Floats even, Floats odd) {
+  return (rounded_to_bfloat16(even) >> 16) | (rounded_to_bfloat16(odd) & 0xffff0000u);
+}
+
 SODA_INLINE void store_run(BFloat16* to, const Floats (&x)[4]) {
-  Words pairs[2];
-  for (int k = 0; k < 2; ++k) {
-    pairs[k] = (rounded_to_bfloat16(x[2 * k]) >> 16) | (rounded_to_bfloat16(x[2 * k + 1]) & 0xffff0000u);
-  }
+  const Words pairs[2] = {bfloat16_pairs(x[0], x[1]), bfloat16_pairs(x[2], x[3])};
   std::memcpy(to, pairs, sizeof pairs);
 }
 
-// Past the caches, to an address on a whole line.
-SODA_INLINE void stream(void* to, Words bits) {
+// Stores past the caches where the instruction set has them, to addresses on a whole line (of 16-bit numbers, in runs of
+// four vectors); `end_stream` comes before another thread may look.
+SODA_INLINE void stream(float* to, Floats value) {
 #if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(bits));
+  _mm512_stream_ps(to, value);
 #elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(bits));
+  _mm256_stream_ps(to, value);
 #else
-  std::memcpy(to, &bits, sizeof bits);
+  store(to, value);
 #endif
 }
 
+template <class T>
+SODA_INLINE void stream_run(T* to, const Floats (&x)[4]) {
+  store_run(to, x);
+}
+
 SODA_INLINE void stream_run(float* to, const Floats (&x)[4]) {
-  for (int k = 0; k < 4; ++k) stream(to + k * lanes, as_words(x[k]));
+  for (int k = 0; k < 4; ++k) stream(to + k * lanes, x[k]);
 }
+
 SODA_INLINE void stream_run(BFloat16* to, const Floats (&x)[4]) {
-  for (int k = 0; k < 2; ++k) {
-    stream(to + 2 * k * lanes, (rounded_to_bfloat16(x[2 * k]) >> 16) | (rounded_to_bfloat16(x[2 * k + 1]) & 0xffff0000u));
-  }
+  float* const pairs = reinterpret_cast<float*>(to);  // an address, for the store alone
+  for (int k = 0; k < 2; ++k) stream(pairs + k * lanes, as_floats(bfloat16_pairs(x[2 * k], x[2 * k + 1])));
 }
-SODA_INLINE void stream_run(Half* to, const Floats (&x)[4]) { store_run(to, x); }
+
+inline void end_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // Zeros in all but the first `count` lanes.
 inline Floats first_lanes(Floats value, int64_t count) {

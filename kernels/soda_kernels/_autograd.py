@@ -15,7 +15,11 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
     """Tell whether autograd follows a call with these tensors, backward or forward (which then says it cannot)."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator's steps would take longer than the rest of a small image's checks
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -73,7 +73,7 @@ def check_choice(name: str, value: object, accepted: Sequence[object]) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Require a finite int or float."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; it must be finite")

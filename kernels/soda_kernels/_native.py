@@ -58,7 +58,7 @@ def load() -> None:
             _define_fallback()
             torch.ops.load_library(LIBRARY)
             _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its two C functions
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             _reason = f"it does not load: {error}"
             return
         _library.soda_kernels_isa.restype = ctypes.c_char_p

@@ -49,6 +49,42 @@ def test_group_norm_and_its_gradients(layout: torch.memory_format) -> None:
         torch.testing.assert_close(there.grad.cpu(), here.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_group_norm_can_be_captured_in_a_graph_and_replayed() -> None:
+    x = torch.randn(4, 32, 16, 16, device="cuda")
+    seed = torch.tensor(1, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles before the capture
+        modulated_group_norm(x, 8, dropout_p=0.5, seed=seed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = modulated_group_norm(x, 8, dropout_p=0.5, seed=seed)
+    x.normal_()
+    seed.fill_(2)
+    graph.replay()
+    assert torch.equal(y, modulated_group_norm(x, 8, dropout_p=0.5, seed=seed))
+
+
+def test_group_norm_compiles_in_one_graph() -> None:
+    def step(x: Tensor) -> Tensor:
+        return modulated_group_norm(x, 4).square().sum()
+
+    here, there = (torch.randn(3, 8, 6, 5).cuda().requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        there.copy_(here)
+    step(here).backward()
+    torch.compile(step, fullgraph=True)(there).backward()
+    torch.testing.assert_close(there.grad, here.grad)
+
+
+def test_group_norm_of_more_than_two_to_the_31_elements() -> None:
+    x = torch.randn(3, 32, 4096, device="cuda", dtype=torch.bfloat16)
+    large = x[:1].expand(2**31 // (32 * 4096) + 2, -1, -1).clone()
+    large[-2:] = x[1:]
+    y = modulated_group_norm(large, 8)
+    assert torch.equal(y[-2:], modulated_group_norm(x, 8)[1:]) and torch.equal(y[0], y[-3])
+
+
 def test_attention_and_its_gradient() -> None:
     here, there = both(torch.randn(2, 17, 3, 2, 40))
     o = attention_qkvpacked(here), attention_qkvpacked(there)

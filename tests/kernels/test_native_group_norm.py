@@ -158,6 +158,28 @@ def test_bits_depend_on_no_thread_count_no_run_and_no_neighbour(
     assert torch.equal(outputs[2], runs[0][2][1:2])
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_a_large_batch_has_the_bits_of_its_small_parts(isa: str, dtype: torch.dtype, layout: str) -> None:
+    """From 8 MiB on, gradients are written past the caches; from 32 MiB on, results lie in large pages."""
+    leaves = problem((20, 48, 96, 96), 8, layout, Form(pair=True), dtype).leaves
+    x, skip, weight, bias = (leaves[name].detach() for name in ("x", "skip", "weight", "bias"))
+    dy = torch.cat((skip, x), dim=1)
+
+    def run(part: slice) -> list[Tensor]:
+        images = x[part], skip[part]
+        y, _, mean, rstd = NATIVE.modulated_group_norm(*images, None, weight, bias, [], 8, 1.0, 1e-5, True, 0.0, None)
+        gradients = NATIVE.modulated_group_norm_backward(
+            dy[part], None, *images, weight, bias, [], mean, rstd, 1.0, True, 0.0, None
+        )
+        return [y, *gradients[:2]]
+
+    whole = run(slice(None))
+    for first in range(0, 20, 4):
+        part = slice(first, first + 4)
+        assert all(torch.equal(a, b[part]) for a, b in zip(run(part), whole, strict=True))
+
+
 def in_other_layouts(case: Problem) -> dict[str, Tensor]:
     """The case's tensors: the second and third image in the other layout, parameters with gaps between numbers."""
     leaves = {}

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from soda_kernels import modulated_group_norm
 from soda_kernels.group_norm import api, ops, reference
-from soda_kernels.group_norm.config import GroupNormConfig, candidates
+from soda_kernels.group_norm.config import GroupNormConfig, candidates, heuristic
 from soda_kernels.group_norm.config import Problem as Shape
 from tests.harness.memory import check_memory
+from tests.kernels import compositions
 from tests.kernels.norm_problems import FORMS, LAYOUTS, Form, Problem, problem
 from tests.numerics import assert_accurate_in_norm
 
@@ -186,6 +187,39 @@ def test_the_same_bits_again_and_for_a_slice_of_the_batch(interpreted: None) -> 
     assert all(torch.equal(gradients[name], first[1][name][1:3]) for name in names)
 
 
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_slice_has_the_same_bits_in_the_configs_that_the_heuristic_takes(interpreted: None, layout: str) -> None:
+    x = torch.randn(6, 64, 8, 8).to(DEVICE).contiguous(memory_format=LAYOUTS[layout])
+    part = x[:2]
+    configs = [heuristic(Shape.of(t, None, 8, backward=False, dropout=False)) for t in (x, part)]
+    assert configs[0].samples != configs[1].samples and configs[0].variant == configs[1].variant == "resident"
+    whole = modulated_group_norm(x, 8)
+    assert isinstance(whole, Tensor)
+    assert torch.equal(modulated_group_norm(part, 8), whole[:2])
+
+
+@every_variant
+@pytest.mark.parametrize("space", [(8, 9), (5, 7)], ids=["eights", "odd"])
+def test_a_seed_for_each_sample(interpreted: None, space: tuple[int, int]) -> None:
+    x = torch.randn(4, 8, *space).to(DEVICE).contiguous(memory_format=torch.channels_last)
+    long = torch.tensor([11, 0, 2**40 + 11, 0, -3, 0, 11, 0], device=DEVICE)
+    for seed in (long[::2].clone(), long[::2], torch.tensor([7], device=DEVICE).expand(4)):
+        y = modulated_group_norm(x, 2, activation=None, dropout_p=0.5, seed=seed)
+        assert isinstance(y, Tensor)
+        kept = compositions.dropout_factor(x.shape, 0.5, seed.cpu()) != 0
+        assert torch.equal(y.cpu() != 0, kept)
+
+
+@every_variant
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_group(interpreted: None, value: float) -> None:
+    x = torch.randn(2, 8, 8, 4).to(DEVICE)
+    x[0, 3, 2, 1] = value
+    y = modulated_group_norm(x, 2, dropout_p=0.5, seed=3)
+    assert isinstance(y, Tensor)
+    assert y[0, :4].isnan().all() and y[0, 4:].isfinite().all() and y[1].isfinite().all()
+
+
 @every_variant
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_a_gradient_in_the_other_layout(interpreted: None, layout: str) -> None:
@@ -308,3 +342,25 @@ def test_every_shape_has_a_config(
         if config.variant != "split":
             assert config.slab >= config.groups * shape.group_channels
             assert channels // shape.group_channels % config.groups == 0
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_heuristic_over_shapes(backward: bool, channels_last: bool, element_bytes: int, dropout: bool) -> None:
+    """A megabyte fills 132 multiprocessors, and the batch changes no tile of a variant."""
+    for channels, skip, groups in [
+        (64, 0, 32), (192, 0, 32), (320, 0, 32), (384, 192, 32), (1280, 0, 32), (96, 0, 8), (257, 0, 1), (40, 0, 5),
+    ]:  # fmt: skip
+        for space in (16, 49, 64, 196, 1024, 4096, 65536):
+            tiles: dict[str, GroupNormConfig] = {}
+            for batch in (1, 2, 3, 8, 32, 256):
+                shape = Shape(
+                    backward=backward, num_samples=batch, channels=channels, skip_channels=skip, num_groups=groups,
+                    spatial=space, channels_last=channels_last, element_bytes=element_bytes, dropout=dropout,
+                )  # fmt: skip
+                config = heuristic(shape)
+                assert shape.bytes < 1 << 20 or config.num_programs(shape) >= 132, shape
+                same = replace(config, samples=1)
+                assert tiles.setdefault(config.variant, same) == same, shape

@@ -62,7 +62,7 @@ def modulated_group_norm(
     Reference:
         Wu and He 2018 (group norm); Dhariwal and Nichol 2021 (AdaGN); Hudson et al. 2023 (two modulations).
     """
-    x, skip = x if isinstance(x, tuple | list) and len(x) == 2 else (x, None)
+    x, skip = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
     _check(x, skip, num_groups, weight, bias, modulations, activation, residual)
     _checks.check_number("scale_offset", scale_offset)
     _checks.check_number("eps", eps)
@@ -167,12 +167,12 @@ def _check(
     modulations: Sequence[tuple[Tensor, Tensor]], activation: str | None, residual: Tensor | None,
 ) -> None:  # fmt: skip
     _checks.check_float_tensor("x", x, min_ndim=2)
-    channels = x.shape[1]
+    batch, channels = x.shape[:2]
     if skip is not None:
         if residual is not None:
             raise ValueError("residual came with a pair (h, skip); give one or the other")
         _checks.check_float_tensor("skip", skip)
-        _checks.check_shape("skip", skip, (x.shape[0], skip.shape[1] if skip.ndim > 1 else 0, *x.shape[2:]))
+        _checks.check_shape("skip", skip, (batch, skip.shape[1] if skip.ndim > 1 else 0, *x.shape[2:]))
         if skip.dtype != x.dtype:
             raise TypeError(f"skip has dtype {skip.dtype} and h {x.dtype}; they must be the same")
         _checks.check_device("skip", skip, "h", x)
@@ -187,14 +187,14 @@ def _check(
         _checks.check_parameter("weight", weight, (channels,), "x", x)
     if bias is not None:
         _checks.check_parameter("bias", bias, (channels,), "x", x)
-    if not isinstance(modulations, tuple | list):
+    if not isinstance(modulations, (tuple, list)):
         raise TypeError(f"modulations is a {type(modulations).__name__}; it must be a sequence of (scale, shift) pairs")
     if len(modulations) > len(_MODULATIONS):
         raise ValueError(f"modulations has {len(modulations)} pairs; at most {len(_MODULATIONS)} are accepted")
     for index, pair in enumerate(modulations):
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise TypeError(f"modulations[{index}] is a {type(pair).__name__}; it must be a pair (scale, shift)")
         scale, shift = _MODULATIONS[index]
-        _checks.check_parameter(scale, pair[0], (x.shape[0], channels), "x", x)
-        _checks.check_parameter(shift, pair[1], (x.shape[0], channels), "x", x)
+        _checks.check_parameter(scale, pair[0], (batch, channels), "x", x)
+        _checks.check_parameter(shift, pair[1], (batch, channels), "x", x)
     _checks.check_choice("activation", activation, ("silu", None))

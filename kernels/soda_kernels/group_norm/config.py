@@ -26,11 +26,16 @@ _SPLIT_WARPS = 4
 # A walking program's groups must still lie in the L2 cache when it comes back to them: with one program on each of 132
 # multiprocessors, 224 KiB each is 29 MiB, half of an H100's or H200's L2.
 _WALK_BYTES = 224 * 1024
-# Rows of a chunk in the split variant, by bytes of an element: the fp32 workspace is then some 2% of the image tensors.
-_CHUNK_ROWS = {2: (256, 512, 1024), 4: (128, 256, 512)}
+# A program takes samples in turn while they have no more positions than this in all.
+_SHARED_POSITIONS = 1024
+# Rows of a chunk in the split variant, by bytes of an element: the fp32 workspace is then some 2% of the image tensors,
+# but for the shortest, which are there for small batches.
+_CHUNK_ROWS = {2: (64, 128, 256, 512, 1024), 4: (64, 128, 256, 512)}
 # Below this size a launch costs more than the traffic, so parallelism counts less than the number of launches.
 _SMALL_BYTES = 1 << 20
 _SECTOR_BYTES = 32
+# A batch for which every config fills the chip.
+_AMPLE_SAMPLES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +127,42 @@ def for_wavefronts(config: GroupNormConfig) -> GroupNormConfig:
 
 
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> GroupNormConfig:
-    """Return the config whose estimated cost is least, of those that touch whole sectors and fill the chip."""
-    return min(candidates(problem), key=lambda config: _cost(problem, config, num_multiprocessors))
+    """Return the config whose estimated cost is least, of those that touch whole sectors and fill the chip.
+
+    What decides the order of sums (the tile, the groups, the chunk) depends on a sample's shape alone; the batch
+    decides between the one-launch config and the split one, and how many samples a program takes in turn. So a sample's
+    result is the same bits in every batch for which the variant is the same.
+    """
+    choices = [_split_choice(problem, num_multiprocessors)]
+    tile = _whole_group_choice(problem, num_multiprocessors)
+    if tile is not None:
+        choices += [dataclasses.replace(tile, samples=samples) for samples in _sample_counts(problem)]
+    return min(choices, key=lambda config: _cost(problem, config, num_multiprocessors))
+
+
+def _whole_group_choice(problem: Problem, num_multiprocessors: int) -> GroupNormConfig | None:
+    """Return the resident or looped config of least cost for an ample batch; of nearly equal ones, with few groups."""
+    ample = dataclasses.replace(problem, num_samples=_AMPLE_SAMPLES)
+    costs = {config: _cost(ample, config, num_multiprocessors) for config in _whole_group_candidates(ample)}
+    least = min(costs.values(), default=math.inf)
+    good = [config for config, cost in costs.items() if cost <= 1.015 * least < math.inf]
+    return min(good, key=lambda config: (config.groups, costs[config]), default=None)
+
+
+def _split_choice(problem: Problem, num_multiprocessors: int) -> GroupNormConfig:
+    """Return the split config of least cost that fills the chip with the smallest batch that is worth it."""
+    smallest = max(1, math.ceil(_SMALL_BYTES * problem.num_samples / problem.bytes))
+    small = dataclasses.replace(problem, num_samples=smallest)
+    configs = list(_split_candidates(small))
+    filling = [config for config in configs if config.num_programs(small) >= num_multiprocessors]
+    if not filling:
+        return max(configs, key=lambda config: config.num_programs(small))
+    ample = dataclasses.replace(problem, num_samples=_AMPLE_SAMPLES)
+    return min(filling, key=lambda config: _cost(ample, config, num_multiprocessors))
 
 
 def candidates(problem: Problem) -> Iterator[GroupNormConfig]:
-    """Yield the configs that are valid for a problem, all of which compile without spills."""
+    """Yield the configs that are valid for a problem; tests compile those that the heuristic takes."""
     yield from _whole_group_candidates(problem)
     yield from _split_candidates(problem)
 
@@ -143,10 +178,12 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
             break
         tensors = 2 if problem.backward else 1
         footprint = groups * problem.group_channels * problem.spatial * problem.element_bytes * tensors
+        several_samples = problem.spatial <= _SHARED_POSITIONS // 2
         for samples in _sample_counts(problem):
-            if slab * rows <= _held_limit(problem, groups, samples):
+            if slab * rows <= _held_limit(problem, groups, several_samples):
                 # Sums over groups and over samples at once leave a thread of sixteen warps too few registers.
-                per_thread = 16 if problem.dropout or (problem.backward and (groups == 1 or samples == 1)) else 32
+                crowded = not problem.backward or (groups > 1 and several_samples)
+                per_thread = 32 if crowded and not problem.dropout else 16
                 warps = min(16, max(1, slab * rows // (32 * per_thread)))
                 yield GroupNormConfig(
                     variant="resident", slab=slab, rows=rows, num_warps=warps, groups=groups, samples=samples
@@ -161,12 +198,12 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
                 )  # fmt: skip
 
 
-def _held_limit(problem: Problem, groups: int, samples: int) -> int:
+def _held_limit(problem: Problem, groups: int, several_samples: bool) -> int:
     """Return how many elements a program can keep in registers beside what else it keeps there."""
     limit = (_HELD_ELEMENTS if problem.element_bytes == 2 else _HELD_ELEMENTS_FP32)[problem.backward]
     if problem.dropout:  # the integers of the mask
         limit //= 4
-    return limit // 2 if groups > 1 or (samples > 1 and problem.backward) else limit
+    return limit // 2 if groups > 1 or (several_samples and problem.backward) else limit
 
 
 def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
@@ -177,11 +214,9 @@ def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
             break
         rows = min(_WALK_ELEMENTS // slab, max(8, _power_of_two(problem.spatial)))
         for chunk_rows in _CHUNK_ROWS[problem.element_bytes]:
-            if chunk_rows < rows:
-                continue
             yield GroupNormConfig(
-                variant="split", slab=slab, rows=rows, num_warps=_SPLIT_WARPS, groups=fold_groups,
-                tiles=chunk_rows // rows,
+                variant="split", slab=slab, rows=min(rows, chunk_rows), num_warps=_SPLIT_WARPS, groups=fold_groups,
+                tiles=max(1, chunk_rows // rows),
             )  # fmt: skip
             if chunk_rows >= problem.spatial:
                 break
@@ -198,7 +233,7 @@ def _fold_groups(problem: Problem) -> int:
 def _sample_counts(problem: Problem) -> Iterator[int]:
     """Yield how many samples a program may take in turn: several where a sample has few positions."""
     for count in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
-        if count == 1 or (count <= problem.num_samples and count * problem.spatial <= 1024):
+        if count == 1 or (count <= problem.num_samples and count * problem.spatial <= _SHARED_POSITIONS):
             yield count
 
 
@@ -215,15 +250,15 @@ def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -
         # Of each chunk: fp32 vectors (parameters, partial sums, coefficients), modulations, what the fold reads.
         wide, narrow = (8, 4) if problem.backward else (4, 0)
         chunk = wide * _whole_sectors(4 * config.slab) + narrow * _whole_sectors(problem.element_bytes * config.slab)
-        chunk = (chunk + 8 * config.slab) / (config.slab * positions * problem.element_bytes)
-        return ((5.0 if problem.backward else 3.0) * sectors + chunk + 0.25) * idle  # 0.25: launches
+        vectors = (chunk + 8 * config.slab) / (config.slab * positions * problem.element_bytes)
+        return ((5.0 if problem.backward else 3.0) * sectors + vectors + 0.25) * idle  # 0.25: launches
     used = config.groups * problem.group_channels
     if _sector_overhead(problem, used) > 1.0 or (large and programs < num_multiprocessors):
         return math.inf
-    tensors, vectors = (3, 8) if problem.backward else (2, 4)
+    tensors, modulations = (3, 8) if problem.backward else (2, 4)
     image = tensors * used * problem.spatial * problem.element_bytes
     # For each sample statistics, and two modulations; for each program weight, bias and the sums of their gradients.
-    sample = 2 * _whole_sectors(4 * config.groups) + vectors * _whole_sectors(problem.element_bytes * used)
+    sample = 2 * _whole_sectors(4 * config.groups) + modulations * _whole_sectors(problem.element_bytes * used)
     program = (6 if problem.backward else 2) * _whole_sectors(4 * used)
     passes = tensors * (image + sample + program / config.samples) / image
     if config.variant == "looped":

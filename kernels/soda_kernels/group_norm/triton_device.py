@@ -84,7 +84,7 @@ def load_gradient(
     )
     if DROPOUT:
         keep = keep_mask(seed_ptr, sample, row, channel, spatial, threshold, ROWS, SLAB, SEED_PER_SAMPLE, EIGHTS)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
+        dp *= tl.where(keep, keep_scale, 0.0)
     return x, activation_gradient(x * scale[None, :] + shift[None, :], dp, SILU)
 
 

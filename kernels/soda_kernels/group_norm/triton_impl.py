@@ -21,7 +21,8 @@ from soda_kernels.group_norm.config import GroupNormConfig, Problem, choose
 
 # Rows that one program of the last reduction reads at a time, and its channels: whole sectors, four warps.
 _REDUCE_ROWS, _REDUCE_SLAB = 16, 64
-_FOLD_CHUNKS = 16
+# Chunks that the fold reads at a time; fewer where a group is so wide that a thread would hold too many channels.
+_FOLD_CHUNKS, _FOLD_ELEMENTS = 16, 16384
 
 
 def plan_forward(
@@ -35,7 +36,7 @@ def plan_forward(
     problem = Problem.of(x, skip, num_groups, backward=False, dropout=dropout_p > 0.0)
     config = config or choose(problem, x.device)
     y = _image_like(x, problem.all_channels, layout)
-    summed = x.new_empty(0) if residual is None else torch.empty_like(x, memory_format=torch.preserve_format)
+    summed = x.new_empty(0) if residual is None else _image_like(x, problem.channels, layout)
     mean, rstd = (x.new_empty((len(x), num_groups), dtype=torch.float32) for _ in range(2))
     parameters = _parameters(weight, bias, modulations, scale_offset)
     dropout, dropout_constants = _dropout(problem, config, dropout_p, seed)
@@ -244,6 +245,7 @@ def _dropout(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments and constants of dropout."""
     threshold = keep_threshold(dropout_p)
+    seed = None if seed is None else seed.contiguous()
     arguments = {"seed_ptr": seed, "threshold": threshold, "keep_scale": 65536 / (65536 - threshold)}
     constants = {
         "DROPOUT": problem.dropout,
@@ -284,7 +286,8 @@ def _fold_arguments(problem: Problem, config: GroupNormConfig) -> dict[str, Any]
 
 def _fold_constants(problem: Problem, config: GroupNormConfig) -> dict[str, Any]:
     slab = 1 << (config.groups * problem.group_channels - 1).bit_length()
-    return {**_group_constants(problem, config), "SLAB": slab, "CHUNKS": _FOLD_CHUNKS}
+    chunks = max(1, min(_FOLD_CHUNKS, _FOLD_ELEMENTS // slab))
+    return {**_group_constants(problem, config), "SLAB": slab, "CHUNKS": chunks}
 
 
 def _fold_warps(problem: Problem, config: GroupNormConfig) -> int:

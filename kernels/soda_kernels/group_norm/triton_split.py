@@ -166,7 +166,7 @@ def _modulated_group_norm_fwd_apply_kernel(
             keep = device.keep_mask(
                 seed_ptr, sample, start, first_channel, spatial, threshold, ROWS, SLAB, SEED_PER_SAMPLE, EIGHTS
             )
-            y = tl.where(keep, y * keep_scale, 0.0)
+            y *= tl.where(keep, keep_scale, 0.0)  # a NaN stays one
         y_tile = device.tile(
             y_ptr, sample, start, first_channel, spatial, all_channels, ROWS, SLAB, CHANNELS_LAST, WIDE
         )
