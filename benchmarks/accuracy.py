@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problems import Step
+from soda_kernels._native import poisoned_results
 
 MOST_TIMES_TORCH = 2.0
 """An error may be this many times that of PyTorch's own chain in the same dtype."""
@@ -91,11 +92,12 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Let PyTorch's allocations hold NaN: it does so among its deterministic algorithms."""
+    """Let allocations hold NaN: PyTorch's do so among its deterministic algorithms, the native library's when asked."""
     was_on = torch.are_deterministic_algorithms_enabled()
     was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with poisoned_results():
+            yield
     finally:
         torch.use_deterministic_algorithms(was_on, warn_only=was_warning)

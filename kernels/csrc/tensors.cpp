@@ -2,6 +2,9 @@
 
 #include "tensors.h"
 
+#include <atomic>
+#include <cstring>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -26,6 +29,19 @@ void advise_huge_pages([[maybe_unused]] AtenTensorHandle tensor) {
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
   madvise(reinterpret_cast<void*>(first), static_cast<size_t>(bytes) - page, MADV_HUGEPAGE);  // or not: no error
 #endif
+}
+
+// Whether allocations hold bytes of ones, which are NaN, until they are written.
+std::atomic<bool> poisoned{false};
+std::atomic<int> num_poisoned{0};
+
+void poison(AtenTensorHandle tensor) {
+  ++num_poisoned;
+  int64_t bytes;
+  void* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &bytes));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
+  if (bytes > 0) std::memset(data, 0xFF, static_cast<size_t>(bytes));
 }
 
 // Whether the sizes are dense in the order of dimensions given, the innermost first; size 1 has any stride.
@@ -88,6 +104,7 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, bool channels_las
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                          dtype, cpu, 0, &tensor));
   advise_huge_pages(tensor);
+  if (poisoned.load(std::memory_order_relaxed)) poison(tensor);
   return Tensor(tensor);
 }
 
@@ -107,3 +124,8 @@ Tensor in_layout(const Tensor& tensor, bool channels_last) {
 }
 
 }  // namespace soda
+
+int soda_kernels_poison(int on) {
+  soda::poisoned.store(on != 0);
+  return soda::num_poisoned.exchange(0);
+}

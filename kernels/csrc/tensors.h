@@ -31,3 +31,7 @@ Tensor empty_image(const Tensor& like, int64_t channels, bool channels_last);
 Tensor in_layout(const Tensor& tensor, bool channels_last);
 
 }  // namespace soda
+
+// For Python's ctypes: whether results hold NaN until they are written, so that a check sees what is not. Returns how many
+// did since the last call.
+extern "C" __attribute__((visibility("default"))) int soda_kernels_poison(int on);

@@ -62,11 +62,9 @@ SODA_INLINE void divide(Floats (&a)[count], const Floats (&b)[count]) {
   for (int i = 0; i < count; ++i) estimate[i] = _mm512_rcp14_ps(b[i]);
   if constexpr (!coarse) {
     for (int i = 0; i < count; ++i) error[i] = 1.0f - b[i] * estimate[i];
+    for (int i = 0; i < count; ++i) estimate[i] = estimate[i] * error[i] + estimate[i];
   }
   for (int i = 0; i < count; ++i) a[i] = a[i] * estimate[i];
-  if constexpr (!coarse) {
-    for (int i = 0; i < count; ++i) a[i] = a[i] * error[i] + a[i];
-  }
 #else
   for (int i = 0; i < count; ++i) a[i] = a[i] / b[i];
 #endif

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def load() -> None:
         try:
             _define_fallback()
             torch.ops.load_library(LIBRARY)
-            _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its two C functions
+            _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its C functions
         except (OSError, RuntimeError) as error:
             _reason = f"it does not load: {error}"
             return
@@ -93,6 +95,23 @@ def use_isa(name: str) -> None:
         raise ValueError(f"the native library is missing ({_reason}); no instruction set can be chosen")
     if not _library.soda_kernels_use_isa(name.encode()):
         raise ValueError(f"{ISA_VARIABLE} is {name!r}, which this processor or the native library does not have")
+
+
+@contextlib.contextmanager
+def poisoned_results() -> Iterator[list[int]]:
+    """Let the library's results hold NaN until they are written, so that a check sees what is not.
+
+    Yields a list, to which the number of results that did is added at the end.
+    """
+    counts: list[int] = []
+    if _library is None:
+        yield counts
+        return
+    _library.soda_kernels_poison(1)
+    try:
+        yield counts
+    finally:
+        counts.append(_library.soda_kernels_poison(0))
 
 
 def native_status() -> NativeStatus:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from benchmarks.accuracy import check_step, relative_error
 from benchmarks.problems import Step
+from soda_kernels import modulated_group_norm, native_status
+from soda_kernels._native import poisoned_results
 
 EXACT = torch.linspace(1, 2, 1000, dtype=torch.float64)
 OWN = EXACT.float() * (1 + 1e-4)
@@ -46,6 +48,16 @@ def test_an_unwritten_output_is_found() -> None:
 
     assert check_step(step, ["y"], [OWN], [EXACT]).problems == ("y has values that are not finite, or was not written",)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_native_librarys_results_are_poisoned_too() -> None:
+    if not native_status().available:
+        pytest.skip(str(native_status()))
+    x = torch.randn(1, 4, 3)
+    with poisoned_results() as counts:
+        y = modulated_group_norm(x, 2)
+    assert counts == [3]  # y, mean and rstd
+    assert torch.equal(modulated_group_norm(x, 2), y)
 
 
 def test_the_worst_result_is_named_and_every_one_is_judged() -> None:

@@ -294,6 +294,10 @@ def test_silu_at_its_ends_is_finite_and_accurate(isa: str) -> None:
     y = NATIVE.modulated_group_norm(x, None, None, None, p, [], 1, 0.0, 1e-5, True, 0.0, None)[0].flatten()
     exact = p.double() * p.double().sigmoid()
     assert ((y - exact).abs() <= 4 * torch.finfo(torch.float32).eps * exact.abs() + 2e-36 + 2e-38 * p.abs()).all()
+    infinite = NATIVE.modulated_group_norm(
+        x[:, :1], None, None, None, torch.tensor([torch.inf]), [], 1, 0.0, 1e-5, True, 0.0, None
+    )
+    assert infinite[0].item() == torch.inf
     # The gradient of the shift of a channel with one place is silu'(p) dy.
     derivative = NATIVE.modulated_group_norm_backward(
         torch.ones_like(x), None, x, None, None, p, [gain, gain + p], *statistics, 0.0, True, 0.0, None
