@@ -61,9 +61,11 @@ class _Terms:
         chunk = config.rows * config.tiles
         self._chunk = chunk if self.whole.spatial % chunk == 0 else self.whole.spatial
         one, block, chunks = self._chunk, self._block, self.whole.spatial // self._chunk
-        sizes = [(1, one), (1, 2 * one), (2, one)] if chunks > 1 else [(1, one), (block + 1, one)]
+        sizes = [(1, one), (2, one)]
         if block > 1:
-            sizes.append((2, one))
+            sizes.append((block + 1, one))
+        if chunks > 1:
+            sizes.append((1, 2 * one))
         # Samples and chunks are alike only if each begins on a sector of its own.
         aligned = _whole_sectors(case, shape.channels, case.num_channels, *([one] if chunks > 1 else []))
         # Metering every sample is the best there is, where it costs no more.

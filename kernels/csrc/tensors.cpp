@@ -36,12 +36,13 @@ std::atomic<bool> poisoned{false};
 std::atomic<int> num_poisoned{0};
 
 void poison(AtenTensorHandle tensor) {
-  ++num_poisoned;
   int64_t bytes;
   void* data;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor, &bytes));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(tensor, &data));
-  if (bytes > 0) std::memset(data, 0xFF, static_cast<size_t>(bytes));
+  if (bytes == 0) return;
+  std::memset(data, 0xFF, static_cast<size_t>(bytes));
+  ++num_poisoned;
 }
 
 // Whether the sizes are dense in the order of dimensions given, the innermost first; size 1 has any stride.

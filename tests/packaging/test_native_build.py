@@ -15,7 +15,6 @@ from soda_kernels import _native
 from tests.packaging.source_tree import ROOT, tracked_files
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-TOOLS = "import sys; from setuptools import build_meta; print(build_meta.get_requires_for_build_wheel())"
 COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
 
 
@@ -77,19 +76,6 @@ def test_what_cannot_be_met_fails_the_build(source: Path, path: str | None, nati
     status, output = run(source, BUILD, str(source.parent), path=path, native=native)
     assert status != 0
     assert message in output
-
-
-def test_build_tools_are_asked_of_pip_only_where_they_are_of_use(source: Path, tmp_path: Path) -> None:
-    compiler = tmp_path / "bin" / "c++"
-    compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o755)
-    for path, native, asked in (
-        (str(compiler.parent), "", "['cmake>=3.18', 'ninja']"),
-        (str(compiler.parent), "0", "[]"),
-        ("", "", "[]"),
-    ):
-        assert run(source, TOOLS, path=path, native=native)[1].strip().endswith(asked)
 
 
 @pytest.mark.slow

@@ -192,9 +192,10 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
                 # fp32 values take the registers of half a tile, and so do the integers of a channels_last dropout mask.
                 masked = problem.dropout and problem.channels_last
                 elements = _WALK_ELEMENTS // (2 if problem.element_bytes == 4 or masked else 1)
+                tile_rows = max(8, elements // slab)
                 yield GroupNormConfig(
-                    variant="looped", slab=slab, rows=max(8, elements // slab), groups=groups, samples=samples,
-                    num_warps=elements * problem.element_bytes // (32 * 16),  # one 16-byte access a thread
+                    variant="looped", slab=slab, rows=tile_rows, groups=groups, samples=samples,
+                    num_warps=slab * tile_rows * problem.element_bytes // (32 * 16),  # one 16-byte access a thread
                 )  # fmt: skip
 
 
@@ -248,7 +249,7 @@ def _cost(problem: Problem, config: GroupNormConfig, num_multiprocessors: int) -
         positions = min(problem.spatial, config.rows * config.tiles)
         sectors = _sector_overhead(problem, config.slab)
         # Of each chunk: fp32 vectors (parameters, partial sums, coefficients), modulations, what the fold reads.
-        wide, narrow = (8, 4) if problem.backward else (4, 0)
+        wide, narrow = (7, 4) if problem.backward else (4, 0)
         chunk = wide * _whole_sectors(4 * config.slab) + narrow * _whole_sectors(problem.element_bytes * config.slab)
         vectors = (chunk + 8 * config.slab) / (config.slab * positions * problem.element_bytes)
         return ((5.0 if problem.backward else 3.0) * sectors + vectors + 0.25) * idle  # 0.25: launches

@@ -158,7 +158,10 @@ def plan_backward(
 
     chunks = _chunk_arguments(problem, config)
     partials = x.new_empty((len(x), chunks["num_chunks"], 2, problem.all_channels), dtype=torch.float32)
-    coefficients = x.new_empty((len(x), 4, problem.all_channels), dtype=torch.float32)
+    coefficients = {
+        "coefficients_ptr": x.new_empty((len(x), 2, problem.all_channels), dtype=torch.float32),
+        "group_coefficients_ptr": x.new_empty((len(x), problem.num_groups, 2), dtype=torch.float32),
+    }
     grid = (config.num_programs(problem),)
     launches = (
         Launch(
@@ -172,9 +175,9 @@ def plan_backward(
             kernel=split._modulated_group_norm_bwd_fold_kernel,
             grid=(len(x) * (problem.num_groups // config.groups),),
             arguments={
-                **parameters, **gradients, **_fold_arguments(problem, config), "num_chunks": chunks["num_chunks"],
-                "num_samples": len(x), "partials_ptr": partials, "rstd_ptr": rstd, "coefficients_ptr": coefficients,
-                "sums_ptr": sums,
+                **parameters, **gradients, **coefficients, **_fold_arguments(problem, config),
+                "num_chunks": chunks["num_chunks"], "num_samples": len(x), "partials_ptr": partials,
+                "rstd_ptr": rstd, "sums_ptr": sums,
             },
             constants=_fold_constants(problem, config),
             num_warps=_fold_warps(problem, config),
@@ -183,8 +186,7 @@ def plan_backward(
             kernel=split._modulated_group_norm_bwd_apply_kernel,
             grid=grid,
             arguments={
-                **image, **targets, **dropout, **chunks, "mean_ptr": mean, "coefficients_ptr": coefficients,
-                "num_programs": grid[0],
+                **image, **targets, **dropout, **chunks, **coefficients, "mean_ptr": mean, "num_programs": grid[0],
             },
             constants={**constants, "TILES": config.tiles, "GROUP_CHANNELS": problem.group_channels, **finish},
             num_warps=config.num_warps,
@@ -291,6 +293,6 @@ def _fold_constants(problem: Problem, config: GroupNormConfig) -> dict[str, Any]
 
 
 def _fold_warps(problem: Problem, config: GroupNormConfig) -> int:
-    """Return enough warps for eight elements a thread of a tile of partial sums."""
+    """Return enough warps for four elements a thread of a tile of partial sums."""
     slab = 1 << (config.groups * problem.group_channels - 1).bit_length()
-    return min(8, max(1, slab * _FOLD_CHUNKS // 256))
+    return min(8, max(1, slab * _FOLD_CHUNKS // 128))

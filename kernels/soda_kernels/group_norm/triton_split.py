@@ -222,19 +222,20 @@ def _modulated_group_norm_bwd_sums_kernel(
 @triton.jit
 def _modulated_group_norm_bwd_fold_kernel(
     partials_ptr, weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, rstd_ptr,
-    dscale1_ptr, dshift1_ptr, dscale2_ptr, dshift2_ptr, coefficients_ptr, sums_ptr,
+    dscale1_ptr, dshift1_ptr, dscale2_ptr, dshift2_ptr, coefficients_ptr, group_coefficients_ptr, sums_ptr,
     num_samples, spatial, all_channels, num_slabs, num_chunks,
     scale1_stride, shift1_stride, scale2_stride, shift2_stride, scale_offset,
     GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SLAB: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One program: GROUPS whole groups of a sample; the four coefficients of each channel and its gradients.
+    """One program: GROUPS whole groups of a sample; what dx takes of each channel and group, and their gradients.
 
-    The coefficients are scale and shift of p = (x - mean) * scale + shift, then c1 and c2 of dx.
+    A channel's coefficients are scale and shift of p = (x - mean) * scale + shift; a group's are c1 and c2 of
+    dx = scale * dp - c1 - c2 * (x - mean), side by side.
     """
     slab = tl.program_id(0) % num_slabs
     sample = tl.cast(tl.program_id(0) // num_slabs, tl.int64)
-    column, index = tl.arange(0, SLAB), tl.arange(0, CHUNKS)
+    column, index, group = tl.arange(0, SLAB), tl.arange(0, CHUNKS), tl.arange(0, GROUPS_PADDED)
     owned = column < GROUPS * GROUP_CHANNELS
     channel = slab * (GROUPS * GROUP_CHANNELS) + column
     elements = tl.cast(spatial, tl.float32) * GROUP_CHANNELS
@@ -252,15 +253,15 @@ def _modulated_group_norm_bwd_fold_kernel(
         weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr, shift2_ptr, sample,
         scale1_stride, shift1_stride, scale2_stride, shift2_stride, channel, owned, scale_offset, SLAB,
     )  # fmt: skip
-    statistic = sample * (all_channels // GROUP_CHANNELS) + channel // GROUP_CHANNELS
-    rstd = tl.load(rstd_ptr + statistic, mask=owned, other=0.0)
+    statistic = sample * (all_channels // GROUP_CHANNELS) + slab * GROUPS + group
+    rstd = tl.load(rstd_ptr + statistic, mask=group < GROUPS, other=0.0)
+    slot = coefficients_ptr + sample * 2 * all_channels + channel
+    tl.store(slot, scale * device.spread(rstd, GROUP_CHANNELS, GROUPS_PADDED, SLAB), mask=owned)
+    tl.store(slot + all_channels, shift, mask=owned)
     c1 = device.group_sum(scale * dshift, GROUP_CHANNELS, GROUPS_PADDED, SLAB) / elements
     c2 = device.group_sum(scale * dscale, GROUP_CHANNELS, GROUPS_PADDED, SLAB) / elements
-    slot = coefficients_ptr + sample * 4 * all_channels + channel
-    tl.store(slot, scale * rstd, mask=owned)
-    tl.store(slot + all_channels, shift, mask=owned)
-    tl.store(slot + 2 * all_channels, device.spread(c1, GROUP_CHANNELS, GROUPS_PADDED, SLAB) * rstd, mask=owned)
-    tl.store(slot + 3 * all_channels, device.spread(c2, GROUP_CHANNELS, GROUPS_PADDED, SLAB) * rstd * rstd, mask=owned)
+    tl.store(group_coefficients_ptr + 2 * statistic, c1 * rstd, mask=group < GROUPS)
+    tl.store(group_coefficients_ptr + 2 * statistic + 1, c2 * rstd * rstd, mask=group < GROUPS)
 
     dscale, dshift = device.parameter_gradients(
         dscale, dshift, weight_ptr, bias_ptr, scale1_ptr, shift1_ptr, scale2_ptr,
@@ -275,7 +276,8 @@ def _modulated_group_norm_bwd_fold_kernel(
 
 @triton.jit
 def _modulated_group_norm_bwd_apply_kernel(
-    dy_ptr, dsummed_ptr, x_ptr, skip_ptr, seed_ptr, mean_ptr, coefficients_ptr, dx_ptr, dskip_ptr,
+    dy_ptr, dsummed_ptr, x_ptr, skip_ptr, seed_ptr, mean_ptr, coefficients_ptr, group_coefficients_ptr,
+    dx_ptr, dskip_ptr,
     spatial, channels, skip_channels, num_slabs, slabs_of_x, num_chunks, num_programs, threshold, keep_scale,
     GROUP_CHANNELS: tl.constexpr, SLAB: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
@@ -298,11 +300,11 @@ def _modulated_group_norm_bwd_apply_kernel(
     stop_row = tl.minimum(first_row + ROWS * TILES, spatial)
     statistic = sample * (all_channels // GROUP_CHANNELS) + channel // GROUP_CHANNELS
     mean = tl.load(mean_ptr + statistic, mask=owned, other=0.0)
-    slot = coefficients_ptr + sample * 4 * all_channels + channel
+    slot = coefficients_ptr + sample * 2 * all_channels + channel
     scale = tl.load(slot, mask=owned, other=0.0)
     shift = tl.load(slot + all_channels, mask=owned, other=0.0)
-    c1 = tl.load(slot + 2 * all_channels, mask=owned, other=0.0)
-    c2 = tl.load(slot + 3 * all_channels, mask=owned, other=0.0)
+    c1 = tl.load(group_coefficients_ptr + 2 * statistic, mask=owned, other=0.0)
+    c2 = tl.load(group_coefficients_ptr + 2 * statistic + 1, mask=owned, other=0.0)
     for start in range(first_row, stop_row, ROWS):
         mask = (start + row < stop_row)[:, None] & owned[None, :]
         x, dp = device.load_gradient(
