@@ -82,6 +82,18 @@ inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_chann
   });
 }
 
+// The sum of f(i), as four sums side by side that do not wait for one another.
+template <class F>
+inline double sum_over(int64_t begin, int64_t end, F f) {
+  double part[4] = {};
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) {
+    for (int k = 0; k < 4; ++k) part[k] += f(i + k);
+  }
+  for (; i < end; ++i) part[0] += f(i);
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
 // Coefficients of the slab's channels.
 struct Coefficients {
   float *mean, *scale, *shift;
@@ -99,28 +111,40 @@ struct ChannelMoments {
         within(scratch.take<double>(width)) {}
 };
 
-// The moments of a block's rows into those of the channels; the three arrays are workspace.
+// Call f(Step, channel, lanes) for the vectors of a row, four of them side by side where there are as many.
+template <class F>
+inline void for_columns(int64_t width, F f) {
+  int64_t c = 0;
+  for (; c + 4 * lanes <= width; c += 4 * lanes) f(Step<4, true>{}, c, static_cast<int64_t>(lanes));
+  for (; c + lanes <= width; c += lanes) f(Step<1, true>{}, c, static_cast<int64_t>(lanes));
+  if (c < width) f(Step<1, false>{}, c, width - c);
+}
+
+// The moments of a block's rows into those of the channels; the three arrays are workspace. A column of rows is walked
+// down twice: its sums stay in registers, and it in the first-level cache for the second look.
 template <class T>
 inline void merge_block(const Part<const T>& part, int64_t first, int64_t last, const Coefficients& workspace,
                         const ChannelMoments& moments) {
   float *const shift = workspace.mean, *const deviations = workspace.scale, *const squares = workspace.shift;
-  for (int64_t c = 0; c < part.width; ++c) shift[c] = deviations[c] = squares[c] = 0.0f;
-  for_rows(first, last, part.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-    Floats value[step.count];
-    for (int r = 0; r < step.count; ++r) value[r] = load_lanes<step.whole>(part.row(row + r) + c, n);
-    store_lanes<step.whole>(shift + c, load_lanes<step.whole>(shift + c, n) + sum(value), n);
-  });
   const float rows = static_cast<float>(last - first);
-  for (int64_t c = 0; c < part.width; ++c) shift[c] /= rows;
-  for_rows(first, last, part.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-    const Floats center = load_lanes<step.whole>(shift + c, n);
-    Floats centered[step.count], square[step.count];
-    for (int r = 0; r < step.count; ++r) {
-      centered[r] = load_lanes<step.whole>(part.row(row + r) + c, n) - center;
-      square[r] = centered[r] * centered[r];
+  for_columns(part.width, [&](auto step, int64_t c, int64_t n) {
+    Floats center[step.count] = {}, deviation[step.count] = {}, square[step.count] = {};
+    for (int64_t row = first; row < last; ++row) {
+      for (int v = 0; v < step.count; ++v) center[v] += load_lanes<step.whole>(part.row(row) + c + v * lanes, n);
     }
-    store_lanes<step.whole>(deviations + c, load_lanes<step.whole>(deviations + c, n) + sum(centered), n);
-    store_lanes<step.whole>(squares + c, load_lanes<step.whole>(squares + c, n) + sum(square), n);
+    for (int v = 0; v < step.count; ++v) center[v] /= rows;
+    for (int64_t row = first; row < last; ++row) {
+      for (int v = 0; v < step.count; ++v) {
+        const Floats centered = load_lanes<step.whole>(part.row(row) + c + v * lanes, n) - center[v];
+        deviation[v] += centered;
+        square[v] += centered * centered;
+      }
+    }
+    for (int v = 0; v < step.count; ++v) {
+      store_lanes<step.whole>(shift + c + v * lanes, center[v], n);
+      store_lanes<step.whole>(deviations + c + v * lanes, deviation[v], n);
+      store_lanes<step.whole>(squares + c + v * lanes, square[v], n);
+    }
   });
   double *const origin = moments.origin + part.offset, *const sum_first = moments.first + part.offset;
   double *const sum_second = moments.second + part.offset, *const within = moments.within + part.offset;
@@ -168,23 +192,21 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
 
   const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
   const double share = 1.0 / static_cast<double>(norm.space);
+  for (int64_t c = 0; c < width; ++c) {
+    moments.origin[c] += moments.first[c] * share;  // now the channel's mean, and its squares around that
+    moments.within[c] += moments.second[c] - moments.first[c] * moments.first[c] * share;
+  }
   for (int64_t group = first_group; group < last_group; ++group) {
-    const int64_t begin = group * channels - first;
-    double mean = 0, squares = 0;
-    for (int64_t c = begin; c < begin + channels; ++c) {
-      moments.origin[c] += moments.first[c] * share;  // now the channel's mean
-      mean += moments.origin[c];
-    }
-    mean /= static_cast<double>(channels);
-    for (int64_t c = begin; c < begin + channels; ++c) {
+    const int64_t begin = group * channels - first, end = begin + channels;
+    const double mean = sum_over(begin, end, [&](int64_t c) { return moments.origin[c]; }) / static_cast<double>(channels);
+    const double squares = sum_over(begin, end, [&](int64_t c) {
       const double delta = moments.origin[c] - mean;
-      squares += moments.within[c] + moments.second[c] - moments.first[c] * moments.first[c] * share;
-      squares += static_cast<double>(norm.space) * delta * delta;
-    }
+      return moments.within[c] + static_cast<double>(norm.space) * delta * delta;
+    });
     const Normalization normal(mean, squares, static_cast<double>(channels * norm.space), norm.eps);
     norm.mean[sample * norm.groups + group] = normal.mean;
     norm.rstd[sample * norm.groups + group] = normal.rstd;
-    for (int64_t c = begin; c < begin + channels; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       coefficients.mean[c] = normal.mean;
       coefficients.scale[c] = scale[c] * normal.rstd;
       coefficients.shift[c] = shift[c] - normal.mean_error * coefficients.scale[c];
@@ -276,13 +298,10 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   const double elements = static_cast<double>(channels * norm.space);
   for (int64_t group = first_group; group < last_group; ++group) {
     const double rstd = norm.rstd[sample * norm.groups + group];
-    const int64_t begin = group * channels - first;
-    double dshift = 0, dscale = 0;
-    for (int64_t c = begin; c < begin + channels; ++c) {
-      dshift += scale[c] * plain_total[c];
-      dscale += scale[c] * weighted_total[c] * rstd;
-    }
-    for (int64_t c = begin; c < begin + channels; ++c) {
+    const int64_t begin = group * channels - first, end = begin + channels;
+    const double dshift = sum_over(begin, end, [&](int64_t c) { return scale[c] * plain_total[c]; });
+    const double dscale = sum_over(begin, end, [&](int64_t c) { return scale[c] * weighted_total[c]; }) * rstd;
+    for (int64_t c = begin; c < end; ++c) {
       constant[c] = static_cast<float>(-dshift / elements * rstd);
       slope[c] = static_cast<float>(-dscale / elements * rstd * rstd);
       plain[c] = static_cast<float>(plain_total[c]);
