@@ -32,11 +32,12 @@ class Pace:
     budget_s: float
     """Seconds for all providers of a case and mode together."""
     min_rounds: int
+    warm_up_s: float = 0.0
     quick_ceilings: bool = False
 
 
 PACES = {
-    "full": Pace(budget_s=1.5, min_rounds=7),
+    "full": Pace(budget_s=1.5, min_rounds=7, warm_up_s=3.0),
     "quick": Pace(budget_s=0.05, min_rounds=3, quick_ceilings=True),
 }
 
@@ -149,7 +150,9 @@ def _time(
     steps = {name: entry.step for name, entry in ready.items() if entry.step is not None}
     if BASELINE in steps:
         steps[_AGAIN] = steps[BASELINE]
-    by_wall = timers.wall(steps, device=device, budget_s=pace.budget_s, min_rounds=pace.min_rounds)
+    by_wall = timers.wall(
+        steps, device=device, budget_s=pace.budget_s, min_rounds=pace.min_rounds, warm_up_s=pace.warm_up_s
+    )
     if device.type != "cuda":
         return {"wall": by_wall}
     count = timers.num_input_sets(

@@ -59,7 +59,7 @@ def _not_installed(module: str, name: str) -> Callable[[torch.device], str | Non
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:  # a package on the way to the module
             found = None
-        return f"{name} is not installed" if found is None else f"{name} has no adapter in this suite yet (issue 6)"
+        return f"{name} is not installed" if found is None else f"{name} has no adapter in this suite yet"
 
     return reason
 

@@ -83,7 +83,7 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     """Measure the copy of a large tensor and a square bf16 product, each at its best of several times.
 
     On a CPU the copy goes through memory: a tensor that stays in the caches can be read faster than this ceiling. Not
-    yet run on a GPU (issue 6).
+    yet run on a GPU.
     """
     num_bytes = 2**24 if quick else 2**29
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

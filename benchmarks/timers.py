@@ -22,14 +22,21 @@ NUM_COPIES = 20
 
 
 def wall(
-    steps: Mapping[str, Step], *, device: torch.device, budget_s: float, min_rounds: int, max_rounds: int = 1000
-) -> dict[str, list[float]]:
+    steps: Mapping[str, Step], *, device: torch.device, budget_s: float, min_rounds: int, max_rounds: int = 1000,
+    warm_up_s: float = 0.0,
+) -> dict[str, list[float]]:  # fmt: skip
     """Time back-to-back calls with the wall clock, the dispatcher included.
 
     Args:
-        steps: by provider, already warm.
+        steps: by provider, already compiled.
         budget_s: seconds for all of them together; rounds beyond `min_rounds` are made while it lasts.
+        warm_up_s: seconds of rounds before, which do not count. Memory that a check before has freed can be on its way
+            back to a virtual machine's host for seconds, and every call that is handed it waits.
     """
+    warm = time.perf_counter() + warm_up_s
+    while time.perf_counter() < warm:
+        for step in steps.values():
+            step()
     repeats = {name: _repeats(step, device) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -65,7 +72,7 @@ def _synchronize(device: torch.device) -> None:
 def graph(steps: Mapping[str, Sequence[Step]], *, min_rounds: int) -> dict[str, list[float]]:
     """Time replays of CUDA graphs, each of at least `NUM_COPIES` calls that rotate over the input sets.
 
-    Not yet run on a GPU (issue 6).
+    Not yet run on a GPU.
 
     Args:
         steps: by provider, one for each input set, whose tensors together exceed twice the L2, so that no call finds
@@ -97,7 +104,7 @@ def graph(steps: Mapping[str, Sequence[Step]], *, min_rounds: int) -> dict[str, 
 def cold(steps: Mapping[str, Step], *, device: torch.device, min_rounds: int) -> dict[str, list[float]]:
     """Time single calls with CUDA events, each after the L2 was overwritten.
 
-    Not yet run on a GPU (issue 6).
+    Not yet run on a GPU.
     """
     flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
     times: dict[str, list[float]] = {name: [] for name in steps}

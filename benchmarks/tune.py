@@ -28,7 +28,7 @@ Save = Callable[[str, str, dict[str, dict[str, Any]], dict[str, Any]], Path]
 def measure_on_gpu(plans: Sequence[Any]) -> float:
     """Return the median time of a plan in microseconds, replayed over several input sets.
 
-    Not yet run on a GPU (issue 6).
+    Not yet run on a GPU.
     """
     times = timers.graph({"plan": [plan.run for plan in plans]}, min_rounds=_ROUNDS)
     return statistics.median(times["plan"])
@@ -40,7 +40,7 @@ def tune_norm(
 ) -> Iterator[str]:  # fmt: skip
     """Time every candidate of every case, forward and backward, saving each winner at once, and yield what was found.
 
-    Not yet run on a GPU (issue 6).
+    Not yet run on a GPU.
 
     Args:
         measure: returns the time of equal plans over different inputs.
