@@ -6,7 +6,7 @@ waits for a device or breaks a traced graph.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 
@@ -23,6 +23,8 @@ def check_float_tensor(name: str, value: object, *, min_ndim: int = 0) -> None:
     if value.dtype not in FLOAT_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{name} has dtype {value.dtype}; accepted are {accepted}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; it must be a dense tensor")
     if value.ndim < min_ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it must have at least {min_ndim} dimensions")
 
@@ -75,7 +77,8 @@ def check_number(name: str, value: object) -> None:
     """Require a finite int or float."""
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
-    if not math.isfinite(value):
+    # Not math.isfinite, of which torch.compile makes no graph where the number is a symbol.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"{name} is {value}; it must be finite")
 
 

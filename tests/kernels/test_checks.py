@@ -94,6 +94,8 @@ GROUP_NORM = [
     ({"eps": "small"}, TypeError, "eps is a str; it must be a number"),
     ({"eps": -1.0}, ValueError, "eps is -1.0; it must not be negative"),
     ({"eps": float("nan")}, ValueError, "eps is nan; it must be finite"),
+    ({"eps": 10**400}, ValueError, "eps is 10+; it must be finite"),
+    ({"x": torch.eye(4).to_sparse()}, TypeError, "x has layout torch.sparse_coo; it must be a dense tensor"),
     ({"activation": "relu"}, ValueError, r"activation is 'relu'; it must be one of \['silu', None\]"),
     ({"residual": X[:2]}, ValueError, r"residual has shape \(2, 8, 4, 5\); it must be \(3, 8, 4, 5\)"),
     ({"residual": X.half()}, TypeError, "residual has dtype torch.float16 and x torch.float32; .* the same"),

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from soda_kernels import ModulatedGroupNorm, modulated_group_norm
+from soda_kernels import ModulatedGroupNorm, modulated_group_norm, use_backend
 from tests.kernels import compositions
 from tests.kernels.norm_problems import FORMS, LAYOUTS, SHAPES, Form, problem
 from tests.numerics import assert_accurate, assert_exact, ulp
@@ -202,6 +202,16 @@ def test_a_constant_input_gives_the_shift_and_finite_gradients(layout: str) -> N
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_constant_that_no_mean_can_equal_gives_the_shift(layout: str, backend: str) -> None:
+    x = torch.full((2, 12, 8, 9), 10_000.1).contiguous(memory_format=LAYOUTS[layout])
+    shift = torch.randn(2, 12)
+    with use_backend(backend):
+        y = modulated_group_norm(x, 4, modulations=[(torch.randn(2, 12), shift)], activation=None)
+    assert (y - shift.view(2, 12, 1, 1)).abs().max() < 1e-6
+
+
 def test_no_modulation_and_no_activation_is_group_norm() -> None:
     x, weight, bias = torch.randn(2, 8, 5, 3), torch.randn(8), torch.randn(8)
     expected = nn.functional.group_norm(x.double(), 2, weight.double(), bias.double(), eps=1e-3)
@@ -307,6 +317,12 @@ def test_module_has_group_norms_state_dict_and_values() -> None:
     torch.testing.assert_close(module(x), stock(x))
     assert isinstance(module, nn.GroupNorm)
     assert module.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("keywords", [{"eps": -1.0}, {"eps": 10**400}, {"scale_offset": "one"}, {"dropout_p": 1.0}], ids=str)
+def test_a_module_refuses_numbers_when_it_is_made(keywords: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(keywords))} is "):
+        ModulatedGroupNorm(4, 8, **keywords)
 
 
 def test_module_drops_in_training_mode_only() -> None:

@@ -258,6 +258,23 @@ def test_the_backend_is_part_of_what_a_compiled_graph_depends_on() -> None:
     assert [("soda_kernels_reference" in graph.print_readable(print_output=False)) for graph in graphs] == [False, True]
 
 
+@pytest.mark.parametrize("name", ["eps", "scale_offset", "dropout_p"])
+def test_numbers_that_change_compile_without_graph_breaks(name: str) -> None:
+    """torch.compile makes symbols of them, as of sizes with dynamic=True."""
+    torch._dynamo.reset()
+
+    def norm(x: Tensor, value: float) -> Any:
+        return sk.modulated_group_norm(x, 4, seed=3, **{name: value})
+
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size, value in ((3, 0.1), (5, 0.2), (6, 0.3)):
+        x = torch.randn(2, 8, size, requires_grad=True)
+        y = compiled(x, value)
+        assert torch.equal(y, norm(x, value))
+        y.sum().backward()
+        assert x.grad is not None
+
+
 @EACH_FUNCTION
 def test_exports(function: Callable[[Tensor], Tensor]) -> None:
     class Model(torch.nn.Module):

@@ -64,11 +64,7 @@ def modulated_group_norm(
     """
     x, skip = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
     _check(x, skip, num_groups, weight, bias, modulations, activation, residual)
-    _checks.check_number("scale_offset", scale_offset)
-    _checks.check_number("eps", eps)
-    if not eps >= 0.0:
-        raise ValueError(f"eps is {eps}; it must not be negative")
-    _checks.check_probability("dropout_p", dropout_p)
+    _check_numbers(scale_offset, eps, dropout_p)
     if dropout_p > 0.0 and seed is None:
         raise ValueError("seed is None; dropout_p > 0 needs a seed (an int, a 0-d tensor or one for each sample)")
     key = None if dropout_p == 0.0 else _checks.int64_scalar_or_vector("seed", seed, x.shape[0], x.device)  # type: ignore[arg-type]
@@ -140,7 +136,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         _checks.check_choice("activation", activation, ("silu", None))
-        _checks.check_probability("dropout_p", dropout_p)
+        _check_numbers(scale_offset, eps, dropout_p)
         super().__init__(num_groups, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
         self.activation, self.scale_offset, self.dropout_p = activation, scale_offset, dropout_p
 
@@ -160,6 +156,14 @@ class ModulatedGroupNorm(nn.GroupNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation!r}, dropout_p={self.dropout_p}"
+
+
+def _check_numbers(scale_offset: float, eps: float, dropout_p: float) -> None:
+    _checks.check_number("scale_offset", scale_offset)
+    _checks.check_number("eps", eps)
+    if not eps >= 0.0:
+        raise ValueError(f"eps is {eps}; it must not be negative")
+    _checks.check_probability("dropout_p", dropout_p)
 
 
 def _check(
