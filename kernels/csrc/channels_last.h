@@ -111,23 +111,14 @@ struct ChannelMoments {
         within(scratch.take<double>(width)) {}
 };
 
-// Call f(Step, channel, lanes) for the vectors of a row, four of them side by side where there are as many.
-template <class F>
-inline void for_columns(int64_t width, F f) {
-  int64_t c = 0;
-  for (; c + 4 * lanes <= width; c += 4 * lanes) f(Step<4, true>{}, c, static_cast<int64_t>(lanes));
-  for (; c + lanes <= width; c += lanes) f(Step<1, true>{}, c, static_cast<int64_t>(lanes));
-  if (c < width) f(Step<1, false>{}, c, width - c);
-}
-
 // The moments of a block's rows into those of the channels; the three arrays are workspace. A column of rows is walked
-// down twice: its sums stay in registers, and it in the first-level cache for the second look.
+// down twice: its sums stay in registers, and the second look finds it in the first-level cache.
 template <class T>
 inline void merge_block(const Part<const T>& part, int64_t first, int64_t last, const Coefficients& workspace,
                         const ChannelMoments& moments) {
   float *const shift = workspace.mean, *const deviations = workspace.scale, *const squares = workspace.shift;
   const float rows = static_cast<float>(last - first);
-  for_columns(part.width, [&](auto step, int64_t c, int64_t n) {
+  for_vectors(part.width, [&](auto step, int64_t c, int64_t n) {
     Floats center[step.count] = {}, deviation[step.count] = {}, square[step.count] = {};
     for (int64_t row = first; row < last; ++row) {
       for (int v = 0; v < step.count; ++v) center[v] += load_lanes<step.whole>(part.row(row) + c + v * lanes, n);

@@ -25,6 +25,7 @@ CASES = {
     "resident": (NormShape(7, 48, 4, 8, 2, 8), config("resident", 8, 32, 1), 2),
     "resident-4-samples": (NormShape(11, 48, 4, 4, 2, 8), config("resident", 8, 16, 1, samples=4), 3),
     "looped": (NormShape(4, 48, 16, 16, 1, 8), config("looped", 32, 32, 4), 3),
+    "looped-2-samples": (NormShape(6, 48, 16, 16, 1, 8), config("looped", 32, 32, 4, samples=2), 4),
     "looped-ragged": (NormShape(4, 48, 9, 11, 1, 8), config("looped", 32, 32, 4), 2),
     "split": (NormShape(3, 48, 16, 32, 2, 4), config("split", 16, 32, 4, tiles=2), 3),
     "split-ragged": (NormShape(4, 48, 9, 31, 2, 4), config("split", 16, 32, 4, tiles=2), 2),

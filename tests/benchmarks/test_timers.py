@@ -25,6 +25,19 @@ def test_providers_take_turns() -> None:
     assert all(len(samples) == 4 and min(samples) >= 2000 for samples in times.values())
 
 
+def test_rounds_that_warm_up_do_not_count() -> None:
+    begin = time.perf_counter()
+    slow = []
+
+    def step() -> None:
+        slow.append(time.perf_counter() < begin + 0.05)
+        time.sleep(0.02 if slow[-1] else 0.002)
+
+    times = timers.wall({"a": step}, device=CPU, budget_s=0.0, min_rounds=3, warm_up_s=0.05)
+    assert sum(slow) >= 2
+    assert len(times["a"]) == 3 and max(times["a"]) < 20_000
+
+
 def test_short_calls_are_repeated_and_divided() -> None:
     count = 0
 
