@@ -14,9 +14,6 @@ constexpr int64_t block_rows = 64;
 // Channels of a dropout tile: 64 rows of its factors take 16 KiB.
 constexpr int64_t tile_channels = 64;
 
-// A slab of at most this, with its results and the next one, lies in a second-level cache of 2 MiB.
-constexpr int64_t prefetched_bytes = 640 << 10;
-
 // A slab's part in one of the images: `data` is its first channel at the sample's first place.
 template <class T>
 struct Part {
@@ -80,6 +77,15 @@ inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_chann
       f(Tile{first, last, c, width, keep});
     }
   });
+}
+
+// Store a vector, or where asked for and possible write it past the caches.
+template <bool whole, class T>
+SODA_INLINE void put(T* to, Floats value, int64_t n, bool past_caches) {
+  if constexpr (whole && std::is_same_v<T, float>) {
+    if (past_caches) return stream(to, value);
+  }
+  store_lanes<whole>(to, value, n);
 }
 
 // The sum of f(i), as four sums side by side that do not wait for one another.
@@ -204,9 +210,10 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
     }
   }
 
-  const bool prefetches = width == norm.all_channels() && width * norm.space <= prefetched_bytes / static_cast<int64_t>(sizeof(T));
-  for (const auto& image : x) {
-    const int64_t ahead = prefetches ? image.width * norm.space : 0;
+  const bool past_caches = streams<T>(norm, norm.all_channels(), norm.y);
+  const auto apply = [&](const Part<const T>& image, auto past) {
+    // To the next slab, whose moments are then summed from the second-level cache.
+    const int64_t ahead = last < norm.all_channels() ? image.width : (norm.space - 1) * image.stride + image.width;
     for_tiles<with_dropout>(norm, sample, first, image, keep, [&](const Tile& tile) {
       const int64_t at = image.offset + tile.channel;
       for_rows(tile.first, tile.last, tile.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
@@ -214,17 +221,22 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
                      b = load(coefficients.shift + at + c);
         Floats value[step.count];
         for (int r = 0; r < step.count; ++r) {
-          if (prefetches) prefetch(image.row(row + r) + tile.channel + c + ahead);
+          prefetch(image.row(row + r) + tile.channel + c + ahead);
           value[r] = (load_lanes<step.whole>(image.row(row + r) + tile.channel + c, n) - mean) * a + b;
         }
         if constexpr (with_silu) silu<is_coarse<T>>(value);
         for (int r = 0; r < step.count; ++r) {
           if constexpr (with_dropout) value[r] *= load(tile.factors(row + r) + c);
-          store_lanes<step.whole>(y.row(row + r) + at + c, value[r], n);
+          put<step.whole>(y.row(row + r) + at + c, value[r], n, past.value);
         }
       });
     });
+  };
+  for (const auto& image : x) {
+    if (past_caches) apply(image, std::true_type{});
+    else apply(image, std::false_type{});
   }
+  if (past_caches) end_stream();
 }
 
 template <class T, bool with_silu, bool with_dropout>
@@ -300,7 +312,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
     }
   }
 
-  const bool streams = streams_gradients<T>(norm, std::gcd(norm.channels[0], norm.channels[1]));
+  const bool past_caches = streams<T>(norm, std::gcd(norm.channels[0], norm.channels[1]), norm.dx, norm.dskip);
   for (int which = 0; which < 2; ++which) {
     const Part<const T>& image = x[which];
     const int64_t at = image.offset;
@@ -311,17 +323,11 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
         const Floats centered = load_lanes<step.whole>(image.row(row + r) + c, n) - mean;
         Floats value = load_lanes<step.whole>(dp + (row + r) * width + at + c, n) * a + (centered * k + offset);
         if (adds) value += load_lanes<step.whole>(dsummed.row(row + r) + c, n);
-        if constexpr (step.whole && std::is_same_v<T, float>) {
-          if (streams) {
-            stream(dx[which].row(row + r) + c, value);
-            continue;
-          }
-        }
-        store_lanes<step.whole>(dx[which].row(row + r) + c, value, n);
+        put<step.whole>(dx[which].row(row + r) + c, value, n, past_caches);
       }
     });
   }
-  if (streams) end_stream();
+  if (past_caches) end_stream();
   unfold(norm, sample, first, width, affine, weighted, plain, scratch.take<float>(width));
 }
 

@@ -137,7 +137,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
 
   const int64_t ahead = channels * space;
-  const bool streams = streams_gradients<T>(norm, space);
+  const bool past_caches = streams<T>(norm, space, norm.dx, norm.dskip);
   for (int64_t group = first_group; group < last_group; ++group) {
     const int64_t begin = group * channels, end = begin + channels;
     const float mean = norm.mean[sample * norm.groups + group], rstd = norm.rstd[sample * norm.groups + group];
@@ -194,12 +194,12 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
           load_step<with_dropout>(step, dsummed + c * space + i, n, direct);
           for (int k = 0; k < step.count; ++k) value[k] += direct[k];
         }
-        if (streams) stream_step<with_dropout>(step, to + i, n, value);
+        if (past_caches) stream_step<with_dropout>(step, to + i, n, value);
         else store_step<with_dropout>(step, to + i, n, value);
       });
     }
   }
-  if (streams) end_stream();
+  if (past_caches) end_stream();
   unfold(norm, sample, first_channel, width, affine, dscale, dshift, scratch.take<float>(width));
 }
 

@@ -16,9 +16,10 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// Most bytes of a unit's image. It is read twice; from a second-level cache of 2 MiB, or with whole rows of channels
-// from the third level, took the same time (Xeon of the Sapphire Rapids generation, 0.5 to 4 MiB).
-constexpr int64_t unit_bytes = 1 << 22;
+// Most bytes of a unit's image. It is read twice, the second time from the second or third level; between 0.5 and 4 MiB
+// the time was the same within 5% (Xeon of the Sapphire Rapids generation with 2 MiB of the second level, EPYC of the
+// Zen 3 generation with 0.5).
+constexpr int64_t unit_bytes = 1 << 21;
 // Channels in a piece of a row, where rows are cut: a multiple of every vector's width, and of a cache line.
 constexpr int64_t row_piece = 32;
 // Below this a second thread costs more than it brings.

@@ -42,21 +42,26 @@ SODA_INLINE void exponential_of_negative(Floats (&x)[count]) {
 #endif
 }
 
-// Replace x by x sigmoid(x). The sigmoid is constant beyond 87, an error of |x| 2e-38.
+// e^-x of these bounds is a normal number. Beyond the lower one silu and its derivative are zero to within 2e-36; beyond
+// the upper one the sigmoid is 1.
+constexpr float least = -87.0f, most = 87.0f;
+
+// Replace x by x sigmoid(x).
 template <bool coarse, int count>
 SODA_INLINE void silu(Floats (&x)[count]) {
   Floats e[count];
-  for (int i = 0; i < count; ++i) e[i] = clamp(x[i], 87.0f);
+  for (int i = 0; i < count; ++i) x[i] = at_least(least, x[i]);
+  for (int i = 0; i < count; ++i) e[i] = at_most(most, x[i]);
   exponential_of_negative<coarse>(e);
   for (int i = 0; i < count; ++i) e[i] = e[i] + 1.0f;
   divide<coarse>(x, e);
 }
 
-// Replace x by sigmoid(x) (1 + x (1 - sigmoid(x))), with the same constant sigmoid.
+// Replace x by sigmoid(x) (1 + x (1 - sigmoid(x))).
 template <bool coarse, int count>
 SODA_INLINE void silu_derivative(Floats (&x)[count]) {
   Floats e[count], sigmoid[count], one_more[count];
-  for (int i = 0; i < count; ++i) e[i] = clamp(x[i], 87.0f), sigmoid[i] = broadcast(1.0f);
+  for (int i = 0; i < count; ++i) e[i] = x[i] = at_most(most, at_least(least, x[i])), sigmoid[i] = broadcast(1.0f);
   exponential_of_negative<coarse>(e);
   for (int i = 0; i < count; ++i) one_more[i] = e[i] + 1.0f;
   divide<coarse>(sigmoid, one_more);

@@ -34,16 +34,26 @@ inline Floats broadcast(float value) { return Floats{} + value; }
 inline Words as_words(Floats value) { return reinterpret_cast<Words>(value); }
 inline Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
 
-// x within [-bound, bound]; of a NaN, the bound or a NaN.
-SODA_INLINE Floats clamp(Floats x, float bound) {
+// The greater, and the smaller, of x and a bound; a NaN stays one.
+SODA_INLINE Floats at_least(float bound, Floats x) {
 #if defined(__AVX512F__)
-  return _mm512_range_ps(x, broadcast(bound), 2);  // the smaller magnitude, with the sign of x
+  return _mm512_max_ps(broadcast(bound), x);
 #elif defined(__AVX2__)
-  return _mm256_max_ps(broadcast(-bound), _mm256_min_ps(broadcast(bound), x));
+  return _mm256_max_ps(broadcast(bound), x);
 #else
-  const Floats high = broadcast(bound), low = broadcast(-bound);
-  const Words above = reinterpret_cast<Words>(x > high), below = reinterpret_cast<Words>(x < low);
-  return as_floats((as_words(x) & ~(above | below)) | (as_words(high) & above) | (as_words(low) & below));
+  const Words below = reinterpret_cast<Words>(x < broadcast(bound));
+  return as_floats((as_words(x) & ~below) | (as_words(broadcast(bound)) & below));
+#endif
+}
+
+SODA_INLINE Floats at_most(float bound, Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(broadcast(bound), x);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(broadcast(bound), x);
+#else
+  const Words above = reinterpret_cast<Words>(x > broadcast(bound));
+  return as_floats((as_words(x) & ~above) | (as_words(broadcast(bound)) & above));
 #endif
 }
 
