@@ -146,12 +146,17 @@ inline void merge_block(const Part<const T>& part, int64_t first, int64_t last, 
   double *const origin = moments.origin + part.offset, *const sum_first = moments.first + part.offset;
   double *const sum_second = moments.second + part.offset, *const within = moments.within + part.offset;
   const double count = rows, share = 1.0 / count;
+  if (first == 0) {
+    for (int64_t c = 0; c < part.width; ++c) {
+      const double excess = deviations[c] * share;
+      origin[c] = shift[c] + excess;
+      sum_first[c] = sum_second[c] = 0.0;
+      within[c] = squares[c] - deviations[c] * excess;
+    }
+    return;
+  }
   for (int64_t c = 0; c < part.width; ++c) {
     const double excess = deviations[c] * share, mean = shift[c] + excess;
-    if (first == 0) {
-      origin[c] = mean;
-      sum_first[c] = sum_second[c] = within[c] = 0.0;
-    }
     const double delta = mean - origin[c];
     sum_first[c] += count * delta;
     sum_second[c] += count * delta * delta;
