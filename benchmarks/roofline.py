@@ -80,8 +80,9 @@ def occupancy(arch: str, *, registers: int, shared_bytes: int, num_warps: int) -
 
 
 def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
-    """Measure the copy of a large tensor and a square bf16 product, each at its best of several times.
+    """Measure the copy of a large tensor and a square product, each at its best of several times.
 
+    The product is of bf16 on a GPU and of fp32 on a CPU, many of which have no instructions for bf16 and take minutes.
     On a CPU the copy goes through memory: a tensor that stays in the caches can be read faster than this ceiling. Not
     yet run on a GPU.
     """
@@ -89,7 +90,7 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = 512 if quick else 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device).to(torch.bfloat16)
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     product = torch.empty_like(a)
     copy_s = _best_s(lambda: target.copy_(source), device)
     matmul_s = _best_s(lambda: torch.mm(a, a, out=product), device)
