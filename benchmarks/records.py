@@ -52,7 +52,7 @@ def describe_ceilings(ceilings: Ceilings) -> dict[str, float]:
     """Write ceilings in the units of a row."""
     return {
         "copy_gbps": ceilings.copy_bytes_per_s / 1e9,
-        "matmul_bf16_tflops": ceilings.matmul_flops_per_s / 1e12,
+        f"matmul_{ceilings.matmul_dtype}_tflops": ceilings.matmul_flops_per_s / 1e12,
     }
 
 

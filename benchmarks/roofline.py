@@ -19,7 +19,7 @@ class Ceilings:
     copy_bytes_per_s: float
     """Read and written together."""
     matmul_flops_per_s: float
-    """Of bf16 products."""
+    matmul_dtype: str = "bf16"
 
     def least_us(self, num_bytes: float, flops: float) -> float:
         """Return the time below which the device cannot move the bytes and do the operations."""
@@ -90,11 +90,14 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     side = 512 if quick else 8192 if device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype, name = (torch.bfloat16, "bf16") if device.type == "cuda" else (torch.float32, "fp32")
+    a = torch.randn(side, side, device=device, dtype=dtype)
     product = torch.empty_like(a)
     copy_s = _best_s(lambda: target.copy_(source), device)
     matmul_s = _best_s(lambda: torch.mm(a, a, out=product), device)
-    return Ceilings(copy_bytes_per_s=2 * num_bytes / copy_s, matmul_flops_per_s=2 * side**3 / matmul_s)
+    return Ceilings(
+        copy_bytes_per_s=2 * num_bytes / copy_s, matmul_flops_per_s=2 * side**3 / matmul_s, matmul_dtype=name
+    )
 
 
 def _best_s(call: Callable[[], object], device: torch.device, rounds: int = 7) -> float:

@@ -28,7 +28,7 @@ PARTS = {
     "memory": {"peak_mib", "saved_for_backward_mib"},
     "check": {"rel_l2", "ratio_to_torch", "pass", "bitwise_rerun"},
     "env": {"device", "driver", "cuda", "torch", "triton", "package", "git", "dirty", "utc", "clocks"},
-    "ceilings": {"copy_gbps", "matmul_bf16_tflops"},
+    "ceilings": {"copy_gbps", "matmul_fp32_tflops"},
 }
 
 
