@@ -26,7 +26,8 @@ test: $(READY)  ## run every test
 gate: $(READY)  ## compile the kernels with another Triton, TRITON=3.6.0, and check what they become
 	@test -d $(VENV)/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/triton-$(TRITON) 'triton==$(TRITON)'
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest tests/kernels/test_triton_compiles.py -k measured_shapes
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest \
+		tests/kernels/test_triton_compiles.py tests/kernels/test_attention_compiles.py -k measured_shapes
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ def define(
     *,
     reference: Callable[..., Any],
     fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
     gpu: Callable[..., Any] | None = None,
     describe: Describe | None = None,
 ) -> None:
@@ -42,6 +43,7 @@ def define(
         reference: plain PyTorch, forward or closed-form backward; it must not call autograd and must not return an
             input. It runs with autocast off, since the op's arguments already have the dtypes it is meant to see.
         fake: takes the same arguments and returns empty tensors with the outputs' true shapes, dtypes and strides.
+        cpu: runs the op on tensors in main memory, where that is neither the reference nor the native library's.
         gpu: runs the op on tensors of a CUDA or ROCm device. It imports Triton inside, never when it is defined.
         describe: takes a device type and the op's arguments, and says what runs; only for devices with a kernel.
     """
@@ -49,6 +51,8 @@ def define(
         library.define(name + schema)
         library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    if cpu is not None:
+        _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(cpu), "CPU")
     if gpu is not None:
         # PyTorch's builds for ROCm file their devices under the same key.
         _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(gpu), "CUDA")

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from soda_kernels import attention, attention_qkvpacked, register_flop_formulas
+from soda_kernels import attention, attention_qkvpacked, register_flop_formulas, use_backend
 from tests.kernels import compositions
 from tests.numerics import assert_accurate, assert_exact
 
@@ -65,7 +66,9 @@ def test_gradcheck() -> None:
 def test_low_precision_is_within_the_tolerance_rule(dtype: torch.dtype, queries: int, keys: int, head_dim: int) -> None:
     qkv = random_qkv(2, queries, keys, 3, head_dim, dtype)
     double = [tensor.detach().double().requires_grad_() for tensor in qkv]
-    actual, composed, exact = attention(*qkv), compositions.attention(*qkv), compositions.attention(*double)
+    with use_backend("reference"):
+        actual = attention(*qkv)
+    composed, exact = compositions.attention(*qkv), compositions.attention(*double)
     assert actual.dtype == dtype
     assert_accurate(actual, composed, exact, "o")
     do = torch.randn_like(actual)
@@ -79,6 +82,31 @@ def test_low_precision_is_within_the_tolerance_rule(dtype: torch.dtype, queries:
     for name, gradient, plain, exact_gradient in results:
         assert gradient.dtype == dtype
         assert_accurate(gradient, plain, exact_gradient, f"d{name}")
+
+
+@DTYPES
+def test_on_a_cpu_it_is_pytorchs_own_bit_for_bit(dtype: torch.dtype) -> None:
+    qkv = random_qkv(2, 49, 17, 3, 40, dtype)
+    actual = attention(*qkv, scale=0.2)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), scale=0.2).transpose(1, 2)
+    do = torch.randn_like(actual)
+    assert torch.equal(actual, theirs)
+    for own, other in zip(torch.autograd.grad(actual, qkv, do), torch.autograd.grad(theirs, qkv, do), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_a_packed_projection_is_not_copied_on_a_cpu() -> None:
+    qkv = torch.randn(2, 16, 3, 4, 8, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        o = attention_qkvpacked(qkv)
+    copies = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::stack"}
+    assert copies.isdisjoint(event.name for event in profile.events())
+    do = torch.randn_like(o)
+    with torch.profiler.profile() as profile:
+        o.backward(do)
+    # The three gradients meet in one packed tensor, and nothing else moves.
+    moved = [event.name for event in profile.events() if event.name in copies]
+    assert moved == ["aten::stack", "aten::cat"]
 
 
 @DTYPES

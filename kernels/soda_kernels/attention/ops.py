@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from soda_kernels._library import define
-from soda_kernels.attention import reference
+from soda_kernels.attention import cpu, reference
+from soda_kernels.attention.config import Problem, choose
 
 
 def _contiguous(like: Tensor) -> Tensor:
@@ -17,8 +19,7 @@ def _contiguous(like: Tensor) -> Tensor:
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, length, heads, _ = q.shape
-    return _contiguous(q), q.new_empty((batch, heads, length), dtype=torch.promote_types(q.dtype, torch.float32))
+    return _contiguous(q), reference.empty_lse(q)
 
 
 def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,21 +30,100 @@ def _fake_backward_qkvpacked(do: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return _contiguous(qkv)
 
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 256
+
+
+def _unsupported(q: Tensor, k: Tensor) -> str | None:
+    """Say why the Triton kernels cannot take a call, or None if they can."""
+    if q.numel() == 0:
+        return "nothing to compute"
+    if q.dtype not in _KERNEL_DTYPES:
+        return f"the kernels take fp32, bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        return f"the kernels take head dims up to {_MAX_HEAD_DIM}"
+    if max(_span(q), _span(k)) >= 2**31:
+        return "the kernels index inside a head in 32 bits"
+    return None
+
+
+def _span(x: Tensor) -> int:
+    """Return an upper bound of an offset inside one head of [B, T, H, D]."""
+    return x.shape[1] * max(x.stride(1), 4 * x.shape[2] * x.shape[3]) + x.shape[3] * x.stride(3)
+
+
+def _gpu_forward(*args: Any) -> Any:
+    if _unsupported(*args[:2]):
+        return reference.forward(*args)
+    from soda_kernels.attention import triton_impl
+
+    return triton_impl.forward(*args)
+
+
+def _gpu_backward(*args: Any) -> Any:
+    if _unsupported(*args[1:3]):
+        return reference.backward(*args)
+    from soda_kernels.attention import triton_impl
+
+    return triton_impl.backward(*args)
+
+
+def _gpu_backward_qkvpacked(*args: Any) -> Any:
+    if _unsupported(*args[1].unbind(2)[:2]):
+        return reference.backward_qkvpacked(*args)
+    from soda_kernels.attention import triton_impl
+
+    return triton_impl.backward_qkvpacked(*args)
+
+
+def _describe(device_type: str, q: Tensor, k: Tensor, *, backward: bool) -> tuple[str, dict[str, Any], str]:
+    if device_type == "cpu":
+        if cpu.is_empty(q):
+            return "reference", {}, "nothing to compute"
+        return "torch", {}, "PyTorch's flash attention for CPUs"
+    reason = _unsupported(q, k)
+    if reason:
+        return "reference", {}, reason
+    problem = Problem.of(q, k, backward=backward)
+    return "triton", dataclasses.asdict(choose(problem, q.device)), f"{problem.key} of {q.device}"
+
+
+def _describe_forward(device_type: str, q: Tensor, k: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
+    return _describe(device_type, q, k, backward=False)
+
+
+def _describe_backward(device_type: str, do: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
+    return _describe(device_type, q, k, backward=True)
+
+
+def _describe_backward_qkvpacked(device_type: str, do: Tensor, qkv: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
+    return _describe(device_type, *qkv.unbind(2)[:2], backward=True)
+
+
 define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
     reference=reference.forward,
     fake=_fake_forward,
+    cpu=cpu.forward,
+    gpu=_gpu_forward,
+    describe=_describe_forward,
 )
 define(
     "attention_backward",
     "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
     reference=reference.backward,
     fake=_fake_backward,
+    cpu=cpu.backward,
+    gpu=_gpu_backward,
+    describe=_describe_backward,
 )
 define(
     "attention_qkvpacked_backward",
     "(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale) -> Tensor",
     reference=reference.backward_qkvpacked,
     fake=_fake_backward_qkvpacked,
+    cpu=cpu.backward_qkvpacked,
+    gpu=_gpu_backward_qkvpacked,
+    describe=_describe_backward_qkvpacked,
 )

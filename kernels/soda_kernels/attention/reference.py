@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return (o [B, T, H, D], lse [B, H, T])."""
+    """Return (o [B, T, H, D], lse [B, H, T], laid out as `empty_lse`)."""
     query, key, value = _heads_first(q), _heads_first(k), _heads_first(v)
     scores = (query @ key.mT).mul_(scale)
     # Not exp(S - lse): at logits of 1e4 the rounding of lse alone would scale o by 1 ± 5e-4.
     o, lse = scores.softmax(-1) @ value, scores.logsumexp(-1)
-    return o.to(q.dtype).transpose(1, 2).contiguous(), lse
+    return o.to(q.dtype).transpose(1, 2).contiguous(), empty_lse(q).copy_(lse)
 
 
 def backward(
@@ -42,6 +42,15 @@ def backward_qkvpacked(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: f
     """Return dqkv [B, T, 3, H, D]."""
     q, k, v = qkv.unbind(2)
     return torch.stack(backward(do, q, k, v, o, lse, scale), dim=2)
+
+
+def empty_lse(q: Tensor) -> Tensor:
+    """Allocate lse [B, H, T]: contiguous, but on a CPU with heads innermost, as PyTorch's kernel there writes it."""
+    batch, queries, heads, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if q.device.type == "cpu":
+        return q.new_empty((batch, queries, heads), dtype=dtype).transpose(1, 2)
+    return q.new_empty((batch, heads, queries), dtype=dtype)
 
 
 def _heads_first(x: Tensor) -> Tensor:

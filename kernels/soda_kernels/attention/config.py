@@ -1,0 +1,127 @@
+"""How attention is laid over programs: the launch config of a problem.
+
+Block sizes come from compiling for sm_90: they are the largest that keep everything in registers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soda_kernels import _tuning
+
+# The longest row of scores that stays on chip, and the largest head of which one program forms all gradients.
+_WHOLE_ROW_KEYS = 256
+_ONE_KERNEL_ELEMENTS = 16384
+# Programs of one multiprocessor that should remain where a program takes several heads in turn.
+_PROGRAMS_LEFT = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What the choice of a launch config depends on."""
+
+    backward: bool
+    pairs: int
+    """Batch times heads."""
+    queries: int
+    keys: int
+    head_dim: int
+    element_bytes: int
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, *, backward: bool) -> Problem:
+        """Describe a call by its q and k, [B, T, H, D]."""
+        batch, queries, heads, head_dim = q.shape
+        return cls(
+            backward=backward, pairs=batch * heads, queries=queries, keys=k.shape[1], head_dim=head_dim,
+            element_bytes=q.element_size(),
+        )  # fmt: skip
+
+    @property
+    def block_dim(self) -> int:
+        """Width of a tile: what a matrix unit takes at the least, and a power of two."""
+        return max(16, power_of_two(self.head_dim))
+
+    @property
+    def key(self) -> str:
+        """Name the problem in a table of tuned configs; lengths and batches within a factor of two share one."""
+        mode = "bwd" if self.backward else "fwd"
+        lengths = f"q{power_of_two(self.queries)}-k{power_of_two(self.keys)}"
+        return f"{mode}-{8 * self.element_bytes}bit-n{power_of_two(self.pairs)}-{lengths}-d{self.head_dim}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """A launch config."""
+
+    variant: str
+    """Forward "whole_row" or "online"; backward "one_kernel" or "two_kernels"."""
+    block_m: int
+    """Queries of a tile."""
+    block_n: int
+    """Keys of a tile; all of them if "whole_row"."""
+    num_warps: int
+    num_stages: int = 1
+    pairs: int = 1
+    """Heads that a program takes in turn, if "whole_row"."""
+    query_blocks: int = 1
+    """Blocks of queries that a program takes in turn, if "whole_row"."""
+
+
+def choose(problem: Problem, device: torch.device) -> AttentionConfig:
+    """Return the config that was tuned for the problem on this GPU, or the heuristic's."""
+    tuned = _tuning.look_up("attention", problem.key, device)
+    return AttentionConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
+
+
+def heuristic(problem: Problem, num_multiprocessors: int = 132) -> AttentionConfig:
+    """Return the config to take unmeasured.
+
+    A head's K and V are read once by one program that walks all of its queries, where there are heads enough to fill
+    the chip; else each block of queries has its own.
+    """
+    return _backward(problem) if problem.backward else _forward(problem, num_multiprocessors)
+
+
+def _forward(problem: Problem, num_multiprocessors: int) -> AttentionConfig:
+    width, keys = problem.block_dim, max(16, power_of_two(problem.keys))
+    if problem.element_bytes == 4:
+        wide = width > 128
+        return AttentionConfig(variant="online", block_m=32, block_n=16 if wide else 32, num_warps=8 if wide else 4)
+    if width > 128:
+        return AttentionConfig(variant="online", block_m=64, block_n=32, num_warps=8, num_stages=2)
+    if keys > _WHOLE_ROW_KEYS:
+        return AttentionConfig(variant="online", block_m=128, block_n=64, num_warps=8, num_stages=2)
+    most = 128 if keys > 64 and width <= 64 else 64
+    block = min(most, max(16, power_of_two(problem.queries)))
+    full = problem.pairs >= num_multiprocessors
+    pairs = 1
+    while full and keys <= 64 and pairs < 4 and problem.pairs >= 2 * pairs * _PROGRAMS_LEFT * num_multiprocessors:
+        pairs *= 2
+    return AttentionConfig(
+        variant="whole_row", block_m=block, block_n=keys, num_warps=8 if keys > 64 else 4, pairs=pairs,
+        query_blocks=math.ceil(problem.queries / block) if full else 1,
+    )  # fmt: skip
+
+
+def _backward(problem: Problem) -> AttentionConfig:
+    width, longest = problem.block_dim, max(problem.queries, problem.keys)
+    one = longest * problem.head_dim <= _ONE_KERNEL_ELEMENTS
+    variant = "one_kernel" if one else "two_kernels"
+    if problem.element_bytes == 4:
+        return AttentionConfig(variant=variant, block_m=16, block_n=16, num_warps=8)
+    if width > 128:
+        return AttentionConfig(variant=variant, block_m=32, block_n=32, num_warps=8)
+    if width > 64:
+        return AttentionConfig(variant=variant, block_m=32 if one else 64, block_n=64, num_warps=8)
+    block = min(64, max(16, power_of_two(longest)))
+    return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4)
+
+
+def power_of_two(value: int) -> int:
+    """Return the least power of two that is not below a value."""
+    return 1 << max(0, value - 1).bit_length()

@@ -1,0 +1,50 @@
+"""Attention on a CPU: PyTorch's own flash attention, which is good there, behind the same ops.
+
+Nothing is copied where rows of heads lie together, as a projection writes them. PyTorch's kernel lays its results out
+like q: for a q whose heads are outside its rows they are copied once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from soda_kernels.attention import reference
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Run the op `attention`."""
+    if is_empty(q):
+        return reference.forward(q, k, v, scale)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    o, lse = flash(*map(_heads_first, (q, k, v)), scale=scale)
+    return o.transpose(1, 2).contiguous(), lse
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the op `attention_backward`."""
+    if is_empty(q):
+        return reference.backward(do, q, k, v, o, lse, scale)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    gradients = flash(*map(_heads_first, (do, q, k, v, o)), lse, 0.0, False, scale=scale)
+    dq, dk, dv = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
+    return dq, dk, dv
+
+
+def backward_qkvpacked(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Run the op `attention_qkvpacked_backward`."""
+    # PyTorch's backward has no packed gradient to write to: this is its one pass more.
+    q, k, v = qkv.unbind(2)
+    return torch.stack(backward(do, q, k, v, o, lse, scale), dim=2)
+
+
+def is_empty(q: Tensor) -> bool:
+    """Whether there is nothing to compute, which PyTorch's kernel does not take."""
+    return q.numel() == 0
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """View (B, T, H, D) as (B, H, T, D), copied only where D does not lie together: PyTorch's kernel asks for that."""
+    return (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()).transpose(1, 2)

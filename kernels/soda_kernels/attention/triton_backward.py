@@ -1,0 +1,157 @@
+"""Backward attention without atomics: one kernel a head, or one over blocks of queries and one over blocks of keys.
+
+    dV = P^T dO      dS = P (dO V^T - delta)      delta = sum_d O dO      dQ = scale dS K      dK = scale dS^T Q
+
+Reference: Dao et al. 2022 (the backward from lse).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from soda_kernels.attention.triton_device import head_of, load_tile, score_gradient, store_tile
+
+
+@triton.jit
+def _load_queries(
+    q_head, do_head, o_head, lse_head, m, queries, q_row_stride, q_dim_stride, do_row_stride, do_dim_stride,
+    o_row_stride, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Return a block's q, do, lse (infinite, so that P is 0, beyond the queries) and delta."""
+    q = load_tile(q_head, m, queries, q_row_stride, q_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+    do = load_tile(do_head, m, queries, do_row_stride, do_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+    o = load_tile(o_head, m, queries, o_row_stride, 1, BLOCK_M, BLOCK_D, HEAD_DIM)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
+    row = m + tl.arange(0, BLOCK_M)
+    return q, do, tl.load(lse_head + row, row < queries, float("inf")), delta
+
+
+@triton.jit
+def _attention_bwd_head_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
+    do_batch_stride, do_row_stride, do_head_stride, do_dim_stride,
+    q_batch_stride, q_row_stride, q_head_stride, q_dim_stride,
+    k_batch_stride, k_row_stride, k_head_stride, k_dim_stride,
+    v_batch_stride, v_row_stride, v_head_stride, v_dim_stride,
+    o_batch_stride, o_row_stride, o_head_stride,
+    dq_batch_stride, dq_row_stride, dq_head_stride, dk_batch_stride, dk_row_stride, dk_head_stride,
+    heads, queries, keys, scale, gradient_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All three gradients of one head. With ONE_BLOCK it has one block of queries and one of keys: S is formed once."""
+    pair = tl.program_id(0)
+    q_head = head_of(q_ptr, pair, heads, q_batch_stride, q_head_stride, VECTOR)
+    k_head = head_of(k_ptr, pair, heads, k_batch_stride, k_head_stride, VECTOR)
+    v_head = head_of(v_ptr, pair, heads, v_batch_stride, v_head_stride, VECTOR)
+    do_head = head_of(do_ptr, pair, heads, do_batch_stride, do_head_stride, VECTOR)
+    o_head = head_of(o_ptr, pair, heads, o_batch_stride, o_head_stride, VECTOR)
+    dq_head = head_of(dq_ptr, pair, heads, dq_batch_stride, dq_head_stride, VECTOR)
+    dk_head = head_of(dk_ptr, pair, heads, dk_batch_stride, dk_head_stride, VECTOR)
+    dv_head = head_of(dv_ptr, pair, heads, dk_batch_stride, dk_head_stride, VECTOR)
+    lse_head = lse_ptr + pair.to(tl.int64) * queries
+    for n in range(0, keys, BLOCK_N):
+        k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for m in range(0, queries, BLOCK_M):
+            q, do, lse, delta = _load_queries(
+                q_head, do_head, o_head, lse_head, m, queries, q_row_stride, q_dim_stride, do_row_stride,
+                do_dim_stride, o_row_stride, BLOCK_M, BLOCK_D, HEAD_DIM,
+            )  # fmt: skip
+            p, ds = score_gradient(q, k, v, do, lse, delta, scale, n, keys, BLOCK_N, PRECISION)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+            if ONE_BLOCK:
+                dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+                store_tile(dq_head, dq * gradient_scale, m, queries, dq_row_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+        store_tile(dk_head, dk * gradient_scale, n, keys, dk_row_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        store_tile(dv_head, dv, n, keys, dk_row_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+    if not ONE_BLOCK:
+        for m in range(0, queries, BLOCK_M):
+            q, do, lse, delta = _load_queries(
+                q_head, do_head, o_head, lse_head, m, queries, q_row_stride, q_dim_stride, do_row_stride,
+                do_dim_stride, o_row_stride, BLOCK_M, BLOCK_D, HEAD_DIM,
+            )  # fmt: skip
+            dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            for n in range(0, keys, BLOCK_N):
+                k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+                v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+                _, ds = score_gradient(q, k, v, do, lse, delta, scale, n, keys, BLOCK_N, PRECISION)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            store_tile(dq_head, dq * gradient_scale, m, queries, dq_row_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+
+
+@triton.jit
+def _attention_bwd_queries_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, delta_ptr, dq_ptr,
+    do_batch_stride, do_row_stride, do_head_stride, do_dim_stride,
+    q_batch_stride, q_row_stride, q_head_stride, q_dim_stride,
+    k_batch_stride, k_row_stride, k_head_stride, k_dim_stride,
+    v_batch_stride, v_row_stride, v_head_stride, v_dim_stride,
+    o_batch_stride, o_row_stride, o_head_stride, dq_batch_stride, dq_row_stride, dq_head_stride,
+    heads, queries, keys, scale, gradient_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries, and their delta for the kernel that follows."""
+    pair, m = tl.program_id(0), tl.program_id(1) * BLOCK_M
+    q_head = head_of(q_ptr, pair, heads, q_batch_stride, q_head_stride, VECTOR)
+    k_head = head_of(k_ptr, pair, heads, k_batch_stride, k_head_stride, VECTOR)
+    v_head = head_of(v_ptr, pair, heads, v_batch_stride, v_head_stride, VECTOR)
+    do_head = head_of(do_ptr, pair, heads, do_batch_stride, do_head_stride, VECTOR)
+    o_head = head_of(o_ptr, pair, heads, o_batch_stride, o_head_stride, VECTOR)
+    rows = pair.to(tl.int64) * queries
+    q, do, lse, delta = _load_queries(
+        q_head, do_head, o_head, lse_ptr + rows, m, queries, q_row_stride, q_dim_stride, do_row_stride,
+        do_dim_stride, o_row_stride, BLOCK_M, BLOCK_D, HEAD_DIM,
+    )  # fmt: skip
+    row = m + tl.arange(0, BLOCK_M)
+    tl.store(delta_ptr + rows + row, delta, row < queries)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in range(0, keys, BLOCK_N):
+        k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        _, ds = score_gradient(q, k, v, do, lse, delta, scale, n, keys, BLOCK_N, PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq_head = head_of(dq_ptr, pair, heads, dq_batch_stride, dq_head_stride, VECTOR)
+    store_tile(dq_head, dq * gradient_scale, m, queries, dq_row_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+
+
+@triton.jit
+def _attention_bwd_keys_kernel(
+    do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    do_batch_stride, do_row_stride, do_head_stride, do_dim_stride,
+    q_batch_stride, q_row_stride, q_head_stride, q_dim_stride,
+    k_batch_stride, k_row_stride, k_head_stride, k_dim_stride,
+    v_batch_stride, v_row_stride, v_head_stride, v_dim_stride,
+    dk_batch_stride, dk_row_stride, dk_head_stride, heads, queries, keys, scale, gradient_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of a block of keys."""
+    pair, n = tl.program_id(0), tl.program_id(1) * BLOCK_N
+    q_head = head_of(q_ptr, pair, heads, q_batch_stride, q_head_stride, VECTOR)
+    k_head = head_of(k_ptr, pair, heads, k_batch_stride, k_head_stride, VECTOR)
+    v_head = head_of(v_ptr, pair, heads, v_batch_stride, v_head_stride, VECTOR)
+    do_head = head_of(do_ptr, pair, heads, do_batch_stride, do_head_stride, VECTOR)
+    rows = pair.to(tl.int64) * queries
+    k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+    v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for m in range(0, queries, BLOCK_M):
+        q = load_tile(q_head, m, queries, q_row_stride, q_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+        do = load_tile(do_head, m, queries, do_row_stride, do_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+        row = m + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + rows + row, row < queries, float("inf"))
+        delta = tl.load(delta_ptr + rows + row, row < queries, 0.0)
+        p, ds = score_gradient(q, k, v, do, lse, delta, scale, n, keys, BLOCK_N, PRECISION)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)
+    dk_head = head_of(dk_ptr, pair, heads, dk_batch_stride, dk_head_stride, VECTOR)
+    dv_head = head_of(dv_ptr, pair, heads, dk_batch_stride, dk_head_stride, VECTOR)
+    store_tile(dk_head, dk * gradient_scale, n, keys, dk_row_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+    store_tile(dv_head, dv, n, keys, dk_row_stride, BLOCK_N, BLOCK_D, HEAD_DIM)

@@ -1,0 +1,150 @@
+"""Launchers of attention: which kernels run over which grid, and what they write.
+
+`plan_forward`, `plan_backward` and `plan_backward_qkvpacked` decide and allocate; `forward`, `backward` and
+`backward_qkvpacked` are the ops' implementations on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soda_kernels._launch import Launch, Plan
+from soda_kernels.attention import triton_backward as backward_kernels
+from soda_kernels.attention import triton_forward as forward_kernels
+from soda_kernels.attention.config import AttentionConfig, Problem, choose
+
+
+def plan_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: AttentionConfig | None = None) -> Plan:
+    """Plan the op `attention`, whose arguments these are; none may be empty."""
+    problem = Problem.of(q, k, backward=False)
+    config = config or choose(problem, q.device)
+    batch, queries, heads, _ = q.shape
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    blocks = math.ceil(queries / config.block_m)
+    whole = config.variant == "whole_row"
+    kernels = forward_kernels
+    launch = Launch(
+        kernel=kernels._attention_fwd_whole_row_kernel if whole else kernels._attention_fwd_online_kernel,
+        grid=(math.ceil(problem.pairs / config.pairs), math.ceil(blocks / config.query_blocks)),
+        arguments={
+            "q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse, **_strides(q=q, k=k, v=v),
+            **_dense_strides(o=o), "heads": heads, "num_pairs": problem.pairs, "queries": queries,
+            "keys": problem.keys, "scale": scale,
+        },
+        constants={
+            **_constants(problem, config, (q, k, v, o)),
+            **({"PAIRS": config.pairs, "QUERY_BLOCKS": config.query_blocks} if whole else {}),
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )  # fmt: skip
+    return Plan(launches=(launch,), outputs=(o, lse), config=config)
+
+
+def plan_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, *,
+    config: AttentionConfig | None = None,
+) -> Plan:  # fmt: skip
+    """Plan the op `attention_backward`, whose arguments these are; none may be empty."""
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    return _plan_backward(do, q, k, v, o, lse, scale, gradients, tuple(gradients), config)
+
+
+def plan_backward_qkvpacked(
+    do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: float, *, config: AttentionConfig | None = None
+) -> Plan:
+    """Plan the op `attention_qkvpacked_backward`, whose arguments these are; none may be empty."""
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    q, k, v = qkv.unbind(2)
+    return _plan_backward(do, q, k, v, o, lse, scale, dqkv.unbind(2), (dqkv,), config)
+
+
+def forward(*args: Any) -> Any:
+    """Run the op `attention`."""
+    return plan_forward(*args).run()
+
+
+def backward(*args: Any) -> Any:
+    """Run the op `attention_backward`."""
+    return plan_backward(*args).run()
+
+
+def backward_qkvpacked(*args: Any) -> Any:
+    """Run the op `attention_qkvpacked_backward`."""
+    return plan_backward_qkvpacked(*args).run()[0]
+
+
+def _plan_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
+    gradients: Sequence[Tensor], outputs: tuple[Tensor, ...], config: AttentionConfig | None,
+) -> Plan:  # fmt: skip
+    problem = Problem.of(q, k, backward=True)
+    config = config or choose(problem, q.device)
+    dq, dk, dv = gradients
+    o, lse = o.contiguous(), lse.contiguous()
+    inputs = {"do_ptr": do, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, **_strides(do=do, q=q, k=k, v=v)}
+    lengths = {
+        "heads": q.shape[2], "queries": problem.queries, "keys": problem.keys, "scale": scale,
+        # With one key P is 1 whatever q and k are: what rounding leaves of dP - delta is no gradient.
+        "gradient_scale": scale if problem.keys > 1 else 0.0,
+    }  # fmt: skip
+    with_queries = {**inputs, **lengths, "o_ptr": o, **_dense_strides(o=o), "dq_ptr": dq, **_dense_strides(dq=dq)}
+    with_keys = {**inputs, **lengths, "dk_ptr": dk, "dv_ptr": dv, **_dense_strides(dk=dk)}
+    constants = _constants(problem, config, (do, q, k, v, o, dq, dk, dv))
+
+    def launch(kernel: Any, blocks: tuple[int, ...], arguments: dict[str, Any], **more: Any) -> Launch:
+        return Launch(
+            kernel=kernel, grid=(problem.pairs, *blocks), arguments=arguments, constants={**constants, **more},
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    query_blocks, key_blocks = math.ceil(problem.queries / config.block_m), math.ceil(problem.keys / config.block_n)
+    if config.variant == "one_kernel":
+        one_block = query_blocks == key_blocks == 1
+        kernel = backward_kernels._attention_bwd_head_kernel
+        single = launch(kernel, (), {**with_queries, **with_keys}, ONE_BLOCK=one_block)
+        return Plan(launches=(single,), outputs=outputs, config=config)
+    delta = {"delta_ptr": torch.empty_like(lse)}
+    launches = (
+        launch(backward_kernels._attention_bwd_queries_kernel, (query_blocks,), {**with_queries, **delta}),
+        launch(backward_kernels._attention_bwd_keys_kernel, (key_blocks,), {**with_keys, **delta}),
+    )
+    return Plan(launches=launches, outputs=outputs, config=config)
+
+
+def _constants(problem: Problem, config: AttentionConfig, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    return {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": problem.block_dim,
+        "HEAD_DIM": problem.head_dim, "VECTOR": _vector(tensors), "PRECISION": _precision(),
+    }  # fmt: skip
+
+
+def _vector(tensors: Sequence[Tensor]) -> int:
+    """Return of how many elements every head's place is a multiple: up to 16 bytes, in which a GPU can then access it.
+
+    Triton's launcher sees multiples of 16 elements alone, which heads of 40 do not lie at.
+    """
+    strides = (x.stride(d) for x in tensors for d in (0, 2) if x.shape[d] > 1)
+    return math.gcd(16 // tensors[0].element_size(), *strides)
+
+
+def _precision() -> str:
+    """Return how fp32 products are formed: as torch.backends.cuda.matmul says."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """Return the strides of [B, T, H, D] tensors, by the names of the kernels' parameters."""
+    parts = ("batch", "row", "head", "dim")
+    return {f"{name}_{part}_stride": x.stride(d) for name, x in tensors.items() for d, part in enumerate(parts)}
+
+
+def _dense_strides(**tensors: Tensor) -> dict[str, int]:
+    """Return the strides of tensors whose heads' numbers lie together."""
+    return {name: stride for name, stride in _strides(**tensors).items() if not name.endswith("dim_stride")}

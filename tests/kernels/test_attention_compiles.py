@@ -1,0 +1,79 @@
+"""What the kernels of attention become on GPUs that need not be there: no spills, wide accesses, matrix units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from soda_kernels.aot import specify
+from tests.harness.compilation import compile_specs, gate
+
+IMAGES = frozenset({"q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"})
+LENGTHS = (64, 256, 1024)
+
+
+def packed_plans(length: int, head_dim: int, dtype: torch.dtype, batch: int = 32, heads: int = 8) -> list[Any]:
+    """Both directions of self-attention on a packed projection."""
+    from soda_kernels.attention.triton_impl import plan_backward_qkvpacked, plan_forward
+
+    qkv = torch.empty(batch, length, 3, heads, head_dim, dtype=dtype, device="meta")
+    o = torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta")
+    lse = torch.empty(batch, heads, length, device="meta")
+    return [plan_forward(*qkv.unbind(2), 0.1), plan_backward_qkvpacked(o, qkv, o, lse, 0.1)]
+
+
+def complaints(plans: list[Any], arch: str, *, hgmma: bool) -> list[str]:
+    launches = [launch for plan in plans for launch in plan.launches]
+    reports = compile_specs([specify(launch) for launch in launches], arch)
+    return [
+        f"{launch.kernel.fn.__name__} {launch.constants}: {complaint}"
+        for launch, report in zip(launches, reports, strict=True)
+        for complaint in gate(report, tensors=IMAGES, hgmma=hgmma)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128])
+def test_measured_shapes(head_dim: int) -> None:
+    shapes = [(length, batch) for length in LENGTHS for batch in (1, 32)]
+    plans = [plan for length, batch in shapes for plan in packed_plans(length, head_dim, torch.bfloat16, batch)]
+    assert complaints(plans, "sm_90", hgmma=True) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [160, 256])
+def test_wide_heads_keep_everything_in_registers(head_dim: int) -> None:
+    plans = [plan for length in LENGTHS for plan in packed_plans(length, head_dim, torch.bfloat16)]
+    assert complaints(plans, "sm_90", hgmma=False) == []
+
+
+@pytest.mark.slow
+def test_fp32() -> None:
+    shapes = [(length, head_dim) for length in LENGTHS for head_dim in (32, 64)]
+    plans = [plan for length, head_dim in shapes for plan in packed_plans(length, head_dim, torch.float32)]
+    assert complaints(plans, "sm_90", hgmma=False) == []
+
+
+@pytest.mark.slow
+def test_sm_100() -> None:
+    plans = [plan for length in LENGTHS for plan in packed_plans(length, 64, torch.bfloat16)]
+    assert complaints(plans, "sm_100", hgmma=False) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
+def test_other_architectures_compile(arch: str) -> None:
+    """The heuristic is sm_90's: here a config may spill a few registers until one is tuned."""
+    plans = [plan for length in LENGTHS for plan in packed_plans(length, 64, torch.bfloat16)]
+    launches = [launch for plan in plans for launch in plan.launches]
+    assert len(compile_specs([specify(launch) for launch in launches], arch)) == len(launches)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_launches(length: int, head_dim: int) -> None:
+    forward, backward = packed_plans(length, head_dim, torch.bfloat16)
+    assert len(forward.launches) == 1
+    assert len(backward.launches) == (1 if length * head_dim <= 16384 else 2)

@@ -1,0 +1,219 @@
+"""The Triton kernels of attention: every variant against fp64, and what they do with memory.
+
+Where there is a GPU they run on it, compiled. Without one they run in Triton's interpreter, whose products of bf16 are
+not products: fp16 and fp32 are run there, and bf16 is compiled (test_attention_compiles.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from soda_kernels.attention.config import AttentionConfig, Problem, heuristic
+from tests.harness.interpreter import require_interpreter
+from tests.harness.memory import check_memory
+from tests.harness.traffic import meter
+from tests.kernels import compositions
+from tests.numerics import assert_accurate, assert_accurate_in_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    require_interpreter()
+in_the_interpreter = pytest.mark.skipif(DEVICE == "cuda", reason="only Triton's interpreter shows accesses to memory")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+
+# Tiles far smaller than a heuristic's, so that short sequences have many, and programs of several heads and blocks.
+FORWARD = {
+    "whole_row": AttentionConfig(variant="whole_row", block_m=16, block_n=0, num_warps=1),
+    "whole_row_in_turn": AttentionConfig(
+        variant="whole_row", block_m=16, block_n=0, num_warps=1, pairs=2, query_blocks=9
+    ),
+    "online": AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1),
+}
+BACKWARD = {
+    "one_kernel": AttentionConfig(variant="one_kernel", block_m=16, block_n=32, num_warps=1),
+    "two_kernels": AttentionConfig(variant="two_kernels", block_m=16, block_n=32, num_warps=1),
+}
+LENGTHS = [(1, 1), (17, 17), (49, 49), (64, 64), (5, 40), (40, 5)]
+
+
+def random_inputs(queries: int, keys: int, head_dim: int, dtype: torch.dtype, *, heads: int = 3) -> list[Tensor]:
+    """q, k, v and do."""
+    lengths = (queries, keys, keys, queries)
+    return [torch.randn(1, length, heads, head_dim, device=DEVICE).to(dtype) for length in lengths]
+
+
+def whole(config: AttentionConfig, keys: int) -> AttentionConfig:
+    """Make a row whole."""
+    if config.variant != "whole_row":
+        return config
+    return AttentionConfig(**{**vars(config), "block_n": max(16, 1 << (keys - 1).bit_length())})
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, config: AttentionConfig | None) -> Any:
+    from soda_kernels.attention.triton_impl import plan_forward
+
+    return plan_forward(q, k, v, scale, config=config and whole(config, k.shape[1]))
+
+
+def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, config: Any) -> Any:
+    from soda_kernels.attention.triton_impl import plan_backward
+
+    return plan_backward(do, q, k, v, o, lse, scale, config=config)
+
+
+def assert_matches(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, forward_config: Any = None, backward_config: Any = None,
+    scale: float = 0.2,
+) -> None:  # fmt: skip
+    """o, lse and the gradients keep the tolerance rule, against the composition in the same dtype.
+
+    In fp32 in norm: lse's own rounding, which every backward from lse starts with, shows in the largest error.
+    """
+    assert_close = assert_accurate_in_norm if q.dtype == torch.float32 else assert_accurate
+    o, lse = forward(q, k, v, scale, forward_config).run()
+    gradients = backward(do, q, k, v, o, lse, scale, backward_config).run()
+    plain, double = ([x.detach().to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (q.dtype, torch.float64))
+    composed, exact = compositions.attention(*plain, scale=scale), compositions.attention(*double, scale=scale)
+    assert_close(o, composed, exact, "o")
+    exact_lse = torch.einsum("bthd,bshd->bhts", *double[:2]).mul(scale).logsumexp(-1)
+    plain_lse = torch.einsum("bthd,bshd->bhts", q.float(), k.float()).mul(scale).logsumexp(-1)
+    assert_close(lse, plain_lse, exact_lse, "lse")
+    plain_gradients = torch.autograd.grad(composed, plain, do)
+    exact_gradients = torch.autograd.grad(exact, double, do.double())
+    for name, gradient, other, truth in zip("qkv", gradients, plain_gradients, exact_gradients, strict=True):
+        assert gradient.is_contiguous()
+        assert_close(gradient, other, truth, f"d{name}")
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("variants", [("whole_row", "one_kernel"), ("whole_row_in_turn", "two_kernels"),
+                                      ("online", "one_kernel")], ids="-".join)  # fmt: skip
+def test_every_variant(variants: tuple[str, str], lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_matches(*random_inputs(*lengths, 40, dtype), FORWARD[variants[0]], BACKWARD[variants[1]])
+
+
+@DTYPES
+@pytest.mark.parametrize("head_dim", [1, 8, 32, 64, 80, 96, 128, 160, 256])
+def test_the_heuristics_choice_for_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
+    assert_matches(*random_inputs(49, 49, head_dim, dtype, heads=2), scale=head_dim**-0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("length", [100, 255, 256, 257, 1000, 1024])
+def test_the_heuristics_choice_for_every_length(length: int, head_dim: int) -> None:
+    # fp32's is the same for every length, and slow in the interpreter.
+    dtype = torch.float16 if length != 100 else torch.float32
+    assert_matches(*random_inputs(length, length, head_dim, dtype, heads=1), scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_scales_of_any_sign(scale: float) -> None:
+    for variants in (("whole_row", "one_kernel"), ("online", "two_kernels")):
+        inputs = random_inputs(17, 33, 8, torch.float32)
+        assert_matches(*inputs, FORWARD[variants[0]], BACKWARD[variants[1]], scale)
+
+
+def test_strides_are_free() -> None:
+    heads_first = torch.randn(2, 3, 17, 8, device=DEVICE).transpose(1, 2)
+    sliced = torch.randn(2, 40, 3, 16, device=DEVICE)[:, ::2, :, ::2]
+    expanded = torch.randn(2, 1, 3, 1, device=DEVICE).expand(2, 20, 3, 8)
+    do = torch.randn(8, 3, 17, 2, device=DEVICE).permute(3, 2, 1, 0)
+    for variants in (("whole_row", "one_kernel"), ("online", "two_kernels")):
+        assert_matches(heads_first, sliced, expanded, do, FORWARD[variants[0]], BACKWARD[variants[1]])
+
+
+@pytest.mark.parametrize("variant", BACKWARD)
+def test_a_packed_gradient_is_the_three_gradients(variant: str) -> None:
+    from soda_kernels.attention.triton_impl import plan_backward_qkvpacked
+
+    qkv = torch.randn(2, 17, 3, 2, 40, device=DEVICE)
+    do = torch.randn(2, 17, 2, 40, device=DEVICE)
+    o, lse = forward(*qkv.unbind(2), 0.2, FORWARD["whole_row"]).run()
+    (dqkv,) = plan_backward_qkvpacked(do, qkv, o, lse, 0.2, config=BACKWARD[variant]).run()
+    separate = backward(do, *qkv.unbind(2), o, lse, 0.2, BACKWARD[variant]).run()
+    assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(separate, 2))
+
+
+@DTYPES
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("variants", [("whole_row", "one_kernel"), ("online", "two_kernels")], ids="-".join)
+def test_logits_of_ten_thousand_give_no_nan(variants: tuple[str, str], sign: float, dtype: torch.dtype) -> None:
+    q = torch.full((1, 2, 1, 4), 100.0, dtype=dtype, device=DEVICE)
+    k = torch.full((1, 5, 1, 4), 25.0 * sign, dtype=dtype, device=DEVICE)
+    k[0, 3] *= -1
+    v = torch.randn(1, 5, 1, 4, device=DEVICE).to(dtype)
+    o, lse = forward(q, k, v, 1.0, FORWARD[variants[0]]).run()
+    expected = v[0, [0, 1, 2, 4] if sign > 0 else [3]].double().mean(0)
+    assert_accurate(o[0, 0], expected.to(dtype), expected, "o")
+    gradients = backward(torch.ones_like(o), q, k, v, o, lse, 1.0, BACKWARD[variants[1]]).run()
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_second_run_gives_the_same_bits() -> None:
+    q, k, v, do = random_inputs(49, 49, 40, torch.float16)
+    for variant in BACKWARD:
+        runs = []
+        for _ in range(2):
+            o, lse = forward(q, k, v, 0.2, FORWARD["online"]).run()
+            runs.append((o, lse, *backward(do, q, k, v, o, lse, 0.2, BACKWARD[variant]).run()))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("lengths", [(17, 17), (64, 64), (5, 40), (40, 5)], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40])
+def test_memory(lengths: tuple[int, int], head_dim: int) -> None:
+    """No access outside a tensor, no output unwritten, no address with two writers."""
+    from soda_kernels.attention.triton_impl import plan_backward_qkvpacked
+
+    q, k, v, do = random_inputs(*lengths, head_dim, torch.float32)
+    for config in FORWARD.values():
+        assert check_memory(forward(q, k, v, 0.2, config), (q, k, v)) == []
+    o, lse = forward(q, k, v, 0.2, FORWARD["online"]).run()
+    for config in BACKWARD.values():
+        assert check_memory(backward(do, q, k, v, o, lse, 0.2, config), (do, q, k, v, o, lse)) == []
+        qkv = torch.randn(1, lengths[0], 3, 3, head_dim)
+        packed = plan_backward_qkvpacked(do, qkv, o, lse, 0.2, config=config)
+        assert check_memory(packed, (do, qkv, o, lse)) == []
+
+
+def test_heads_that_fill_the_chip_are_read_once() -> None:
+    few, many = (
+        heuristic(Problem(backward=False, pairs=pairs, queries=256, keys=256, head_dim=64, element_bytes=2))
+        for pairs in (16, 1024)
+    )
+    assert (few.query_blocks, many.query_blocks) == (1, 2)
+    short = heuristic(Problem(backward=False, pairs=4096, queries=64, keys=64, head_dim=64, element_bytes=2))
+    assert short.pairs == 4
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("length", [64, 256])
+def test_traffic_where_heads_fill_the_chip(length: int, head_dim: int) -> None:
+    """DRAM sees each of q, k, v, o, lse and the gradients once: within 5% forward and 10% backward."""
+    from soda_kernels.attention.triton_impl import plan_backward_qkvpacked, plan_forward
+
+    heads = 4
+    configs = [
+        heuristic(
+            Problem(
+                backward=backward, pairs=4096, queries=length, keys=length, head_dim=head_dim, element_bytes=2
+            )
+        )
+        for backward in (False, True)
+    ]  # fmt: skip
+    qkv = torch.randn(1, length, 3, heads, head_dim).half()
+    do = torch.randn(1, length, heads, head_dim).half()
+    forward_plan = plan_forward(*qkv.unbind(2), 0.1, config=configs[0])
+    o, lse = forward_plan.outputs
+    unit, rows = o.nbytes, lse.nbytes
+    assert meter(forward_plan).bytes_dram <= 1.05 * (4 * unit + rows)
+    backward_plan = plan_backward_qkvpacked(do, qkv, o, lse, 0.1, config=configs[1])
+    assert meter(backward_plan).bytes_dram <= 1.10 * (8 * unit + rows)
