@@ -215,7 +215,7 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
     }
   }
 
-  const bool past_caches = streams<T>(norm, norm.all_channels(), norm.y);
+  const bool past_caches = streams<T>(norm, std::gcd(norm.channels[0], norm.channels[1]), norm.y);
   const auto apply = [&](const Part<const T>& image, auto past) {
     // To the next slab, whose moments are then summed from the second-level cache.
     const int64_t ahead = last < norm.all_channels() ? image.width : (norm.space - 1) * image.stride + image.width;

@@ -178,10 +178,23 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 
+class _Conv1x1(nn.Conv2d):
+    """A 1x1 convolution that on a CPU takes its strided pixels itself.
+
+    The backward of oneDNN's strided one corrupts memory on a processor with AVX2 and no AVX-512, in channels_last on
+    one thread (PyTorch 2.13.0): the process dies some allocations later.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or self.stride == (1, 1):
+            return super().forward(x)
+        return F.conv2d(x[..., :: self.stride[0], :: self.stride[1]], self.weight, self.bias)
+
+
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
     """Return the shortcut's 1x1 convolution and norm, or None where the shortcut is the identity."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+        _Conv1x1(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
     )

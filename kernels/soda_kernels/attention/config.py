@@ -113,7 +113,8 @@ def _backward(problem: Problem) -> AttentionConfig:
     one = longest * problem.head_dim <= _ONE_KERNEL_ELEMENTS
     variant = "one_kernel" if one else "two_kernels"
     if problem.element_bytes == 4:
-        return AttentionConfig(variant=variant, block_m=16, block_n=16, num_warps=8)
+        block = 32 if width <= 64 else 16
+        return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=8)
     if width > 128:
         return AttentionConfig(variant=variant, block_m=32, block_n=32, num_warps=8)
     if width > 64:

@@ -48,7 +48,7 @@ def empty_lse(q: Tensor) -> Tensor:
     """Allocate lse [B, H, T]: contiguous, but on a CPU with heads innermost, as PyTorch's kernel there writes it."""
     batch, queries, heads, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if q.device.type == "cpu":
+    if q.device.type in ("cpu", "meta"):
         return q.new_empty((batch, queries, heads), dtype=dtype).transpose(1, 2)
     return q.new_empty((batch, heads, queries), dtype=dtype)
 
