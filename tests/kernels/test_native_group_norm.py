@@ -383,3 +383,13 @@ def test_the_environment_variable_chooses_the_instruction_set(wanted: str, outco
         cwd=Path(_native.__file__).parents[1], check=False,
     )  # fmt: skip
     assert outcome in finished.stdout + finished.stderr
+
+
+def test_a_large_pair_whose_parts_are_no_whole_lines() -> None:
+    """Results of this size are written past the caches, which takes addresses on whole vectors."""
+    h, skip = (
+        torch.randn(1, channels, 256, 256).to(memory_format=torch.channels_last) for channels in (20, 12)
+    )  # fmt: skip
+    arguments = (h, skip, None, None, None, [], 4, 1.0, 1e-5, True, 0.0, None)
+    actual, expected = (ops.modulated_group_norm(*arguments)[0] for ops in (NATIVE, REFERENCE))
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-5)
