@@ -217,7 +217,8 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
 
   const bool past_caches = streams<T>(norm, std::gcd(norm.channels[0], norm.channels[1]), norm.y);
   const auto apply = [&](const Part<const T>& image, auto past) {
-    // To the next slab, whose moments are then summed from the second-level cache.
+    // To the next slab, which the moments are summed from next. On an EPYC of the Zen 3 generation, with its slabs larger
+    // than the second-level cache, asking made no difference.
     const int64_t ahead = last < norm.all_channels() ? image.width : (norm.space - 1) * image.stride + image.width;
     for_tiles<with_dropout>(norm, sample, first, image, keep, [&](const Tile& tile) {
       const int64_t at = image.offset + tile.channel;

@@ -116,8 +116,8 @@ SODA_INLINE void store_step(S, T* to, int64_t n, const Floats (&x)[S::count]) {
 
 // Whether the results of a call are written past the caches, in runs of a multiple of `run` numbers to each target: no
 // line is then read only to be overwritten. From 8 MiB on, the backward took 40 to 90% of the time so (one core of a Xeon
-// of the Sapphire Rapids generation), and the channels_last forward 76 to 85% (two of an EPYC of the Zen 3 generation,
-// and no longer together with what read its results); the contiguous forward gained nothing, and does not ask.
+// of the Sapphire Rapids generation), and the channels_last forward 80 to 95% (two of an EPYC of the Zen 3 generation; with
+// a pass over its results behind it 83 to 120%). The contiguous forward gained nothing, and does not ask.
 template <class T>
 inline bool streams(const GroupNorm& norm, int64_t run, const void* target, const void* second = nullptr) {
   constexpr int64_t least = 1 << 23, size = sizeof(T), line = 64;

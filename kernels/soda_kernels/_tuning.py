@@ -43,6 +43,11 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def power_of_two(number: int) -> int:
+    """Return the least power of two that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 def table_path(family: str, arch: str) -> Path:
     """Return where a family's table for an architecture lies."""
     return TABLES / f"{family}.{arch.replace('_', '')}.json"

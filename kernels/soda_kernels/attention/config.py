@@ -1,6 +1,7 @@
 """How attention is laid over programs: the launch config of a problem.
 
-Block sizes come from compiling for sm_90: they are the largest that keep everything in registers.
+Block sizes come from compiling for sm_90: of those tried, large ones that keep everything in registers. Exceptions are
+fp32 backwards, where a narrow head (32) spills 8 registers and a wide one (256) over a hundred.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class Problem:
     @property
     def block_dim(self) -> int:
         """Width of a tile: what a matrix unit takes at the least, and a power of two."""
-        return max(16, power_of_two(self.head_dim))
+        return max(16, _tuning.power_of_two(self.head_dim))
 
     @property
     def key(self) -> str:
         """Name the problem in a table of tuned configs; lengths and batches within a factor of two share one."""
         mode = "bwd" if self.backward else "fwd"
-        lengths = f"q{power_of_two(self.queries)}-k{power_of_two(self.keys)}"
-        return f"{mode}-{8 * self.element_bytes}bit-n{power_of_two(self.pairs)}-{lengths}-d{self.head_dim}"
+        lengths = f"q{_tuning.power_of_two(self.queries)}-k{_tuning.power_of_two(self.keys)}"
+        return f"{mode}-{8 * self.element_bytes}bit-n{_tuning.power_of_two(self.pairs)}-{lengths}-d{self.head_dim}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def heuristic(problem: Problem, num_multiprocessors: int = 132) -> AttentionConf
 
 
 def _forward(problem: Problem, num_multiprocessors: int) -> AttentionConfig:
-    width, keys = problem.block_dim, max(16, power_of_two(problem.keys))
+    width, keys = problem.block_dim, max(16, _tuning.power_of_two(problem.keys))
     if problem.element_bytes == 4:
         wide = width > 128
         return AttentionConfig(variant="online", block_m=32, block_n=16 if wide else 32, num_warps=8 if wide else 4)
@@ -97,7 +98,7 @@ def _forward(problem: Problem, num_multiprocessors: int) -> AttentionConfig:
     if keys > _WHOLE_ROW_KEYS:
         return AttentionConfig(variant="online", block_m=128, block_n=64, num_warps=8, num_stages=2)
     most = 128 if keys > 64 and width <= 64 else 64
-    block = min(most, max(16, power_of_two(problem.queries)))
+    block = min(most, max(16, _tuning.power_of_two(problem.queries)))
     full = problem.pairs >= num_multiprocessors
     pairs = 1
     while full and keys <= 64 and pairs < 4 and problem.pairs >= 2 * pairs * _PROGRAMS_LEFT * num_multiprocessors:
@@ -119,10 +120,5 @@ def _backward(problem: Problem) -> AttentionConfig:
         return AttentionConfig(variant=variant, block_m=32, block_n=32, num_warps=8)
     if width > 64:
         return AttentionConfig(variant=variant, block_m=32 if one else 64, block_n=64, num_warps=8)
-    block = min(64, max(16, power_of_two(longest)))
+    block = min(64, max(16, _tuning.power_of_two(longest)))
     return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4)
-
-
-def power_of_two(value: int) -> int:
-    """Return the least power of two that is not below a value."""
-    return 1 << max(0, value - 1).bit_length()

@@ -34,15 +34,16 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
 
 
-def _unsupported(q: Tensor, k: Tensor) -> str | None:
-    """Say why the Triton kernels cannot take a call, or None if they can."""
+def _unsupported(*tensors: Tensor) -> str | None:
+    """Say why the Triton kernels cannot take a call with these [B, T, H, D], q first, or None if they can."""
+    q = tensors[0]
     if q.numel() == 0:
         return "nothing to compute"
     if q.dtype not in _KERNEL_DTYPES:
         return f"the kernels take fp32, bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"the kernels take head dims up to {_MAX_HEAD_DIM}"
-    if max(_span(q), _span(k)) >= 2**31:
+    if max(map(_span, tensors)) >= 2**31:
         return "the kernels index inside a head in 32 bits"
     return None
 
@@ -53,7 +54,7 @@ def _span(x: Tensor) -> int:
 
 
 def _gpu_forward(*args: Any) -> Any:
-    if _unsupported(*args[:2]):
+    if _unsupported(*args[:3]):
         return reference.forward(*args)
     from soda_kernels.attention import triton_impl
 
@@ -61,7 +62,8 @@ def _gpu_forward(*args: Any) -> Any:
 
 
 def _gpu_backward(*args: Any) -> Any:
-    if _unsupported(*args[1:3]):
+    do, q, k, v = args[:4]
+    if _unsupported(q, k, v, do):
         return reference.backward(*args)
     from soda_kernels.attention import triton_impl
 
@@ -69,35 +71,40 @@ def _gpu_backward(*args: Any) -> Any:
 
 
 def _gpu_backward_qkvpacked(*args: Any) -> Any:
-    if _unsupported(*args[1].unbind(2)[:2]):
+    do, qkv = args[:2]
+    if _unsupported(*qkv.unbind(2), do):
         return reference.backward_qkvpacked(*args)
     from soda_kernels.attention import triton_impl
 
     return triton_impl.backward_qkvpacked(*args)
 
 
-def _describe(device_type: str, q: Tensor, k: Tensor, *, backward: bool) -> tuple[str, dict[str, Any], str]:
+def _describe(
+    device_type: str, q: Tensor, k: Tensor, *others: Tensor, backward: bool
+) -> tuple[str, dict[str, Any], str]:
     if device_type == "cpu":
         if cpu.is_empty(q):
             return "reference", {}, "nothing to compute"
         return "torch", {}, "PyTorch's flash attention for CPUs"
-    reason = _unsupported(q, k)
+    reason = _unsupported(q, k, *others)
     if reason:
         return "reference", {}, reason
     problem = Problem.of(q, k, backward=backward)
     return "triton", dataclasses.asdict(choose(problem, q.device)), f"{problem.key} of {q.device}"
 
 
-def _describe_forward(device_type: str, q: Tensor, k: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
-    return _describe(device_type, q, k, backward=False)
+def _describe_forward(device_type: str, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
+    return _describe(device_type, q, k, v, backward=False)
 
 
-def _describe_backward(device_type: str, do: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
-    return _describe(device_type, q, k, backward=True)
+def _describe_backward(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
+    do, q, k, v = args[:4]
+    return _describe(device_type, q, k, v, do, backward=True)
 
 
-def _describe_backward_qkvpacked(device_type: str, do: Tensor, qkv: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
-    return _describe(device_type, *qkv.unbind(2)[:2], backward=True)
+def _describe_backward_qkvpacked(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
+    do, qkv = args[:2]
+    return _describe(device_type, *qkv.unbind(2), do, backward=True)
 
 
 define(

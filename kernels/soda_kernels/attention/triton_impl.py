@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from soda_kernels._launch import Launch, Plan
-from soda_kernels.attention import triton_backward as backward_kernels
-from soda_kernels.attention import triton_forward as forward_kernels
 from soda_kernels.attention.config import AttentionConfig, Problem, choose
+from soda_kernels.attention.triton_backward import (
+    _attention_bwd_head_kernel,
+    _attention_bwd_keys_kernel,
+    _attention_bwd_queries_kernel,
+)
+from soda_kernels.attention.triton_forward import _attention_fwd_online_kernel, _attention_fwd_whole_row_kernel
 
 
 def plan_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: AttentionConfig | None = None) -> Plan:
@@ -28,9 +32,8 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Atten
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     blocks = math.ceil(queries / config.block_m)
     whole = config.variant == "whole_row"
-    kernels = forward_kernels
     launch = Launch(
-        kernel=kernels._attention_fwd_whole_row_kernel if whole else kernels._attention_fwd_online_kernel,
+        kernel=_attention_fwd_whole_row_kernel if whole else _attention_fwd_online_kernel,
         grid=(math.ceil(problem.pairs / config.pairs), math.ceil(blocks / config.query_blocks)),
         arguments={
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse, **_strides(q=q, k=k, v=v),
@@ -107,13 +110,12 @@ def _plan_backward(
     query_blocks, key_blocks = math.ceil(problem.queries / config.block_m), math.ceil(problem.keys / config.block_n)
     if config.variant == "one_kernel":
         one_block = query_blocks == key_blocks == 1
-        kernel = backward_kernels._attention_bwd_head_kernel
-        single = launch(kernel, (), {**with_queries, **with_keys}, ONE_BLOCK=one_block)
+        single = launch(_attention_bwd_head_kernel, (), {**with_queries, **with_keys}, ONE_BLOCK=one_block)
         return Plan(launches=(single,), outputs=outputs, config=config)
     delta = {"delta_ptr": torch.empty_like(lse)}
     launches = (
-        launch(backward_kernels._attention_bwd_queries_kernel, (query_blocks,), {**with_queries, **delta}),
-        launch(backward_kernels._attention_bwd_keys_kernel, (key_blocks,), {**with_keys, **delta}),
+        launch(_attention_bwd_queries_kernel, (query_blocks,), {**with_queries, **delta}),
+        launch(_attention_bwd_keys_kernel, (key_blocks,), {**with_keys, **delta}),
     )
     return Plan(launches=launches, outputs=outputs, config=config)
 
@@ -136,7 +138,8 @@ def _vector(tensors: Sequence[Tensor]) -> int:
 
 def _precision() -> str:
     """Return how fp32 products are formed: as torch.backends.cuda.matmul says."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not its allow_tf32, which raises once fp32_precision was set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

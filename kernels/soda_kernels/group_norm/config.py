@@ -81,7 +81,7 @@ class Problem:
     def key(self) -> str:
         """Name the problem in a table of tuned configs; batches within a factor of two share an entry."""
         mode, layout = ("bwd" if self.backward else "fwd"), ("nhwc" if self.channels_last else "nchw")
-        batch = _power_of_two(self.num_samples)
+        batch = _tuning.power_of_two(self.num_samples)
         shape = f"n{batch}-c{self.channels}+{self.skip_channels}-g{self.num_groups}-s{self.spatial}"
         return f"{mode}-{layout}-{8 * self.element_bytes}bit-{shape}{'-dropout' if self.dropout else ''}"
 
@@ -173,7 +173,7 @@ def _whole_group_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
         return
     parts = [c // problem.group_channels for c in (problem.channels, problem.skip_channels) if c]
     for groups in _divisors(math.gcd(*parts)):
-        slab, rows = _power_of_two(groups * problem.group_channels), _power_of_two(problem.spatial)
+        slab, rows = _tuning.power_of_two(groups * problem.group_channels), _tuning.power_of_two(problem.spatial)
         if slab > _WALK_ELEMENTS // 8:
             break
         tensors = 2 if problem.backward else 1
@@ -208,12 +208,12 @@ def _held_limit(problem: Problem, groups: int, several_samples: bool) -> int:
 
 
 def _split_candidates(problem: Problem) -> Iterator[GroupNormConfig]:
-    widest = _power_of_two(max(problem.channels, problem.skip_channels))
+    widest = _tuning.power_of_two(max(problem.channels, problem.skip_channels))
     fold_groups = _fold_groups(problem)
     for slab in (4, 8, 16, 32, 64, 128):
         if slab > widest and slab > 4:
             break
-        rows = min(_WALK_ELEMENTS // slab, max(8, _power_of_two(problem.spatial)))
+        rows = min(_WALK_ELEMENTS // slab, max(8, _tuning.power_of_two(problem.spatial)))
         for chunk_rows in _CHUNK_ROWS[problem.element_bytes]:
             yield GroupNormConfig(
                 variant="split", slab=slab, rows=min(rows, chunk_rows), num_warps=_SPLIT_WARPS, groups=fold_groups,
@@ -284,8 +284,3 @@ def _sector_overhead(problem: Problem, channels: int) -> float:
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def _power_of_two(number: int) -> int:
-    """Return the least power of two that is not below `number`."""
-    return 1 << max(0, number - 1).bit_length()
