@@ -220,9 +220,14 @@ def test_traffic_where_heads_fill_the_chip(length: int, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize(("chosen", "precision"), [("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")])
-def test_fp32_products_are_as_pytorch_is_told(monkeypatch: pytest.MonkeyPatch, chosen: str, precision: str) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", chosen)
-    plan = forward(*random_inputs(17, 17, 8, torch.float32)[:3], 0.2, None)
+def test_fp32_products_are_as_pytorch_is_told(chosen: str, precision: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = chosen
+        plan = forward(*random_inputs(17, 17, 8, torch.float32)[:3], 0.2, None)
+    finally:
+        matmul.fp32_precision = before
     assert plan.launches[0].constants["PRECISION"] == precision
 
 
