@@ -241,7 +241,7 @@ void boxed_forward(Stack stack, uint64_t num_arguments, uint64_t num_outputs) {
   if (is_native(tensor_at(stack, 0), stack[3], stack[4], stack[5])) {
     return TORCH_BOX(&forward)(stack, num_arguments, num_outputs);
   }
-  call_reference("soda_kernels_reference::modulated_group_norm", stack);
+  call_reference("soda_kernels_native::modulated_group_norm", stack);
 }
 
 void boxed_backward(Stack stack, uint64_t num_arguments, uint64_t num_outputs) {

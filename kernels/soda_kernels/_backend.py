@@ -13,8 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE, description
+from soda_kernels._native import native_is_loaded
 
 Backend = Literal["auto", "reference"]
+
+_STRIDED = torch.strided
 
 # A plain module global: torch.compile guards on it, and autograd's threads see it.
 _backend: Backend = "auto"
@@ -43,6 +46,20 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def current_ops() -> Any:
     """Return the op namespace that the current backend calls."""
     return torch.ops.soda_kernels if _backend == "auto" else torch.ops.soda_kernels_reference
+
+
+# What the native library may be handed unseen: not a subclass, which may stand for anything.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def runs_native(*arguments: Any) -> bool:
+    """Tell whether an op of these tensors, some of them None, goes to the native library, whatever else is wrong."""
+    if _backend != "auto" or not native_is_loaded() or torch.compiler.is_compiling():
+        return False
+    for argument in arguments:
+        if argument is not None and not (type(argument) in _PLAIN and argument.is_cpu and argument.layout is _STRIDED):
+            return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,18 +71,25 @@ def load() -> None:
 
 @functools.cache
 def _define_fallback() -> None:
-    """Let the library call the reference's backward, with all of its results in one list."""
+    """Let the library call the reference: the forward with the checks that were left to it, the backward in one list."""
     from soda_kernels.group_norm import ops  # noqa: F401  registers the reference
+    from soda_kernels.group_norm.checks import check_tensors
 
-    reference = torch.ops.soda_kernels_reference.modulated_group_norm_backward.default
-    arguments = str(reference._schema).partition("(")[2].partition(") ->")[0]
+    reference = torch.ops.soda_kernels_reference
+
+    def forward(*args: Any) -> Any:
+        check_tensors(*args[:7])
+        return reference.modulated_group_norm.default(*args)
 
     def backward(*args: Any) -> list[torch.Tensor]:
-        *gradients, dmodulations = reference(*args)
+        *gradients, dmodulations = reference.modulated_group_norm_backward.default(*args)
         return [*gradients, *dmodulations]
 
-    _FALLBACKS.define(f"modulated_group_norm_backward({arguments}) -> Tensor[]")
-    _FALLBACKS.impl("modulated_group_norm_backward", backward, "CompositeExplicitAutograd")
+    for function, name, results in ((forward, "modulated_group_norm", None),
+                                    (backward, "modulated_group_norm_backward", "Tensor[]")):  # fmt: skip
+        arguments, _, own_results = str(getattr(reference, name).default._schema).partition("(")[2].partition(") ->")
+        _FALLBACKS.define(f"{name}({arguments}) -> {results or own_results}")
+        _FALLBACKS.impl(name, function, "CompositeExplicitAutograd")
 
 
 def use_isa(name: str) -> None:
@@ -112,6 +119,11 @@ def poisoned_results() -> Iterator[list[int]]:
         yield counts
     finally:
         counts.append(_library.soda_kernels_poison(0))
+
+
+def native_is_loaded() -> bool:
+    """Tell whether ops on CPU tensors run the native library."""
+    return _library is not None
 
 
 def native_status() -> NativeStatus:
