@@ -71,7 +71,7 @@ def load() -> None:
 
 @functools.cache
 def _define_fallback() -> None:
-    """Let the library call the reference: the forward with the checks that were left to it, the backward in one list."""
+    """Let the library call the reference: the forward checked, which was left to it, the backward in one list."""
     from soda_kernels.group_norm import ops  # noqa: F401  registers the reference
     from soda_kernels.group_norm.checks import check_tensors
 
