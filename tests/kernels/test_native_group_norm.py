@@ -266,6 +266,22 @@ def test_a_mean_far_above_the_deviation(isa: str, dtype: torch.dtype, shape: tup
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("jumps", ["one step", "every block", "a ramp"])
+def test_means_that_move_inside_an_image(isa: str, jumps: str, layout: str) -> None:
+    """Squares are summed around the mean of what came before, wherever that is: no error may be seen of it."""
+    height, width = 64, 16  # blocks of the channels_last kernel are four rows
+    row = torch.arange(height).view(1, 1, height, 1)
+    offset = {
+        "one step": 1e4 * (row >= 32), "every block": 1e4 * (row // 4 % 2), "a ramp": 1e3 * row,
+    }[jumps]  # fmt: skip
+    x = (offset + 0.1 * torch.randn(2, 32, height, width)).contiguous(memory_format=LAYOUTS[layout])
+    exact = torch.nn.functional.group_norm(x.double(), 8)
+    stock = torch.nn.functional.group_norm(x, 8)
+    y = modulated_group_norm(x, 8, activation=None)
+    assert (y - exact).norm() <= 2 * (stock - exact).norm() + torch.finfo(torch.float32).eps * exact.norm()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_a_constant_gives_the_shift(isa: str, layout: str) -> None:
     shift = torch.randn(2, 8)
     for value in (0.0, 7.25, 0.1, 3e38):
@@ -318,6 +334,33 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
         case = problem((2, 8, 3, 5), 2, "nhwc", FORMS[6], *dtypes)
         for result, reference in zip(call(case, NATIVE, seed), call(case, REFERENCE, seed), strict=True):
             assert result.dtype == reference.dtype and torch.equal(result, reference)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(8)}, ValueError, r"x has shape \(8,\); it must have at least 2 dimensions"),
+        ({"x": torch.zeros(2, 8, 3, dtype=torch.int64)}, TypeError, "x has dtype torch.int64; accepted are"),
+        ({"weight": torch.zeros(8, dtype=torch.int64)}, TypeError, "weight has dtype torch.int64; accepted are"),
+        ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias is on meta and x on cpu"),
+        ({"modulations": [(torch.zeros(2, 8), torch.zeros(2, 7))]}, ValueError, r"modulations\[0\] shift has shape"),
+        ({"num_groups": 3}, ValueError, "num_groups is 3; it must divide the 8 channels of x"),
+        ({"num_groups": True}, TypeError, "num_groups is a bool; it must be an int"),
+        ({"residual": torch.zeros(2, 8, 4)}, ValueError, "residual has shape"),
+        ({"x": (torch.zeros(2, 4, 3), torch.zeros(4))}, ValueError, "skip has shape"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_the_library_refuses_is_said_in_words(
+    change: dict[str, Any], error: type[Exception], message: str, grad: bool
+) -> None:
+    """The checks are left to the library where it runs, which knows no argument's name."""
+    weight = torch.ones(8, requires_grad=grad)
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 8, 3), "num_groups": 2, "weight": weight}
+    with pytest.raises(error, match=message) as raised:
+        modulated_group_norm(**(arguments | change))
+    assert raised.value.__context__ is None
 
 
 @pytest.mark.parametrize("form", [FORMS[6], FORMS[7]], ids=str)
