@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,14 @@ class Launch:
     """The compile-time parameters."""
     num_warps: int
     num_stages: int = 1
+    descriptors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Of the tensors that the kernel takes as tensor descriptors: the block that it loads at a time."""
 
     def run(self) -> None:
         """Launch on the current stream of the current device."""
+        described = {name: _described(self.arguments[name], block) for name, block in self.descriptors.items()}
         self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages,
+            **(self.arguments | described), **self.constants, num_warps=self.num_warps, num_stages=self.num_stages,
             enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -36,6 +39,30 @@ class Launch:
         for extent in self.grid:
             product *= extent
         return product
+
+
+# Strides of a descriptor are multiples of 16 bytes.
+_STRIDE_BYTES = 16
+
+
+def can_describe(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor descriptor can stand for a tensor, whose storage is taken to be aligned."""
+    if tensor.stride(-1) != 1 or tensor.storage_offset() * tensor.element_size() % _STRIDE_BYTES:
+        return False
+    outer = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    return all(
+        size == 1 or (stride > 0 and stride * tensor.element_size() % _STRIDE_BYTES == 0) for size, stride in outer
+    )
+
+
+def _described(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # Where there is one index, any stride will do.
+    strides = [
+        stride if size > 1 else _STRIDE_BYTES for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], list(block))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,14 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Tell whether a device loads blocks that tensor descriptors describe by itself, as NVIDIA's do from sm_90 on."""
+    if device.type != "cuda":
+        return True
+    return not torch.version.hip and torch.cuda.get_device_properties(device).major >= 9
+
+
 def power_of_two(number: int) -> int:
     """Return the least power of two that is not below a number."""
     return 1 << max(0, number - 1).bit_length()

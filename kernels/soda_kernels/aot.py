@@ -37,6 +37,10 @@ def specify(launch: Launch) -> dict[str, Any]:
     constants: dict[str, Any] = dict(launch.constants)
     divisible = []
     for name, value in launch.arguments.items():
+        if name in launch.descriptors:
+            element = _POINTER_TYPES[value.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(launch.descriptors[name])}>"
+            continue
         signature[name], constant = _type(value)
         if constant is not _NOT_CONSTANT:
             constants[name] = constant

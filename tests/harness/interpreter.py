@@ -146,9 +146,12 @@ def observed(observer: Observer) -> Iterator[None]:
 
 
 def _tensors_by_name(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Name the tensors of a launch by the kernel's parameters."""
+    """Name the tensors of a launch, those of descriptors too, by the kernel's parameters."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     known = inspect.signature(executor.fn).parameters
     bound = {**dict(zip(executor.arg_names, args, strict=False)), **kwargs}
+    bound = {name: value.base if isinstance(value, TensorDescriptor) else value for name, value in bound.items()}
     tensors = {name: value for name, value in bound.items() if name in known and isinstance(value, Tensor)}
     for name, tensor in tensors.items():
         if tensor.device.type != "cpu":

@@ -6,13 +6,16 @@ not products: fp16 and fp32 are run there, and bf16 is compiled (test_attention_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from soda_kernels.attention.config import AttentionConfig, Problem, heuristic
+from soda_kernels._launch import can_describe
+from soda_kernels.attention.config import AttentionConfig, Problem, choose, heuristic
 from tests.harness.interpreter import require_interpreter
 from tests.harness.memory import check_memory
 from tests.harness.traffic import meter
@@ -32,10 +35,14 @@ FORWARD = {
         variant="whole_row", block_m=16, block_n=0, num_warps=1, pairs=2, query_blocks=9
     ),
     "online": AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1),
+    "online_described": AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1, descriptors=True),
 }
 BACKWARD = {
     "one_kernel": AttentionConfig(variant="one_kernel", block_m=16, block_n=32, num_warps=1),
     "two_kernels": AttentionConfig(variant="two_kernels", block_m=16, block_n=32, num_warps=1),
+    "two_kernels_described": AttentionConfig(
+        variant="two_kernels", block_m=16, block_n=32, num_warps=1, descriptors=True
+    ),
 }
 LENGTHS = [(1, 1), (17, 17), (49, 49), (64, 64), (5, 40), (40, 5)]
 
@@ -92,7 +99,8 @@ def assert_matches(
 @DTYPES
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("variants", [("whole_row", "one_kernel"), ("whole_row_in_turn", "two_kernels"),
-                                      ("online", "one_kernel")], ids="-".join)  # fmt: skip
+                                      ("online", "one_kernel"),
+                                      ("online_described", "two_kernels_described")], ids="-".join)  # fmt: skip
 def test_every_variant(variants: tuple[str, str], lengths: tuple[int, int], dtype: torch.dtype) -> None:
     assert_matches(*random_inputs(*lengths, 40, dtype), FORWARD[variants[0]], BACKWARD[variants[1]])
 
@@ -126,6 +134,52 @@ def test_strides_are_free() -> None:
     do = torch.randn(8, 3, 17, 2, device=DEVICE).permute(3, 2, 1, 0)
     for variants in (("whole_row", "one_kernel"), ("online", "two_kernels")):
         assert_matches(heads_first, sliced, expanded, do, FORWARD[variants[0]], BACKWARD[variants[1]])
+
+
+@in_the_interpreter
+def test_descriptors_change_no_bit() -> None:
+    """Nor do they ask for more of the memory than pointers do, of heads whose width fills no tile."""
+    q, k, v, do = random_inputs(40, 49, 24, torch.float16)
+    q = torch.randn(1, 40, 6, 24).half()[:, :, ::2]  # heads that do not follow one another
+    forwards = [forward(q, k, v, 0.2, FORWARD[name]) for name in ("online", "online_described")]
+    assert forwards[1].launches[0].descriptors
+    assert meter(forwards[0]).bytes_dram == meter(forwards[1]).bytes_dram
+    (o, lse), described = (plan.run() for plan in forwards)
+    assert torch.equal(o, described[0]) and torch.equal(lse, described[1])
+    backwards = [
+        backward(do, q, k, v, o, lse, 0.2, BACKWARD[name]) for name in ("two_kernels", "two_kernels_described")
+    ]
+    assert all(launch.descriptors for launch in backwards[1].launches)
+    assert meter(backwards[0]).bytes_dram == meter(backwards[1]).bytes_dram
+    plain, described = (plan.run() for plan in backwards)
+    assert all(torch.equal(a, b) for a, b in zip(plain, described, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "describable"),
+    [
+        (lambda x: x, True),
+        (lambda x: x[:, :, :1], True),
+        (lambda x: x[:1, :1, :1], True),
+        (lambda x: x[:, :, :, 8:], True),
+        (lambda x: x[:, :, :, 4:], False),
+        (lambda x: x[:, :, :, ::2], False),
+        (lambda x: x[:, :, :1].expand(2, 17, 3, 24), False),
+        (lambda x: x.reshape(2, 17, 2, 36)[:, :, :, :32], False),
+        (lambda x: x.permute(0, 3, 2, 1), False),
+    ],
+    ids=["dense", "one head", "one row", "from 16 bytes on", "from 8 bytes on", "every other", "expanded",
+         "heads 72 bytes apart", "D outermost"],
+)  # fmt: skip
+def test_what_descriptors_can_stand_for(change: Callable[[Tensor], Tensor], describable: bool) -> None:
+    x, k, v, do = (change(torch.randn(2, 17, 3, 24, device=DEVICE).half()) for _ in range(4))
+    assert can_describe(x) == describable
+    suffix = "_described" if describable else ""
+    assert_matches(x, k, v, do, FORWARD[f"online{suffix}"], BACKWARD[f"two_kernels{suffix}"])
+    problem = Problem.of(x, x, backward=False)
+    tuned = AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1, descriptors=True)
+    with patch("soda_kernels._tuning.look_up", return_value=vars(tuned)):
+        assert choose(problem, x.device).descriptors == describable
 
 
 @pytest.mark.parametrize("variant", BACKWARD)

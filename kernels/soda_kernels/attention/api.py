@@ -12,21 +12,27 @@ from soda_kernels import _checks
 from soda_kernels._autograd import first_derivative_only
 from soda_kernels._backend import current_ops
 from soda_kernels.attention import ops as _ops  # noqa: F401  registers the ops
+from soda_kernels.attention.config import BACKENDS
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
     """Attend from every query to every key: softmax(scale * q k^T) v, with no mask, dropout or causal mode.
 
     Args:
         q: [B, T, H, D] in fp32, bf16, fp16 or fp64, any strides.
         k, v: [B, S, H, D], of q's dtype and device; S may differ from T and must not be 0.
         scale: 1 / sqrt(D) if None.
+        backend: on a GPU, whose kernels run, forward and backward: "triton" (this package's), "cudnn" or "flash"
+            (PyTorch's); if None, what the GPU's table says, or this package's.
 
     Returns:
         [B, T, H, D], contiguous: ready for the output projection as (B, T, H * D).
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, dtype or device is not as above.
+        TypeError, ValueError: an argument's type, shape, dtype or device is not as above, or the backend asked for
+            cannot run.
         RuntimeError: a second derivative is asked for.
 
     Reference:
@@ -44,15 +50,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) ->
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} and q {q.dtype}; they must be the same")
         _checks.check_device(name, tensor, "q", q)
-    return _Attention.apply(q, k, v, _scale(q, scale))
+    _check_backend(backend, q)
+    return _Attention.apply(q, k, v, _scale(q, scale), backend)
 
 
-def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
+def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
     """Self-attention on a packed projection; its gradient is one packed tensor.
 
     Args:
         qkv: [B, T, 3, H, D] in fp32, bf16, fp16 or fp64, any strides.
         scale: 1 / sqrt(D) if None.
+        backend: on a GPU, whose kernels run, forward and backward: "triton" (this package's), "cudnn" or "flash"
+            (PyTorch's); if None, what the GPU's table says, or this package's.
 
     Returns:
         [B, T, H, D], contiguous.
@@ -65,7 +74,8 @@ def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None) -> Tensor:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must be (B, T, 3, H, D)")
     if qkv.shape[1] == 0:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must have at least one position")
-    return _AttentionQkvPacked.apply(qkv, _scale(qkv, scale))
+    _check_backend(backend, qkv)
+    return _AttentionQkvPacked.apply(qkv, _scale(qkv, scale), backend)
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -75,29 +85,39 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return float(scale)
 
 
+def _check_backend(backend: str | None, q: Tensor) -> None:
+    if backend is None:
+        return
+    _checks.check_choice("backend", backend, BACKENDS)
+    if q.device.type != "cuda":
+        raise ValueError(f"backend is {backend!r}; on {q.device.type} there is one alone, so that it must be None")
+    if current_ops() is not torch.ops.soda_kernels:
+        raise ValueError(f"backend is {backend!r} inside use_backend('reference'); ask for one or the other")
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.ops, ctx.scale = current_ops(), scale
-        o, lse = ctx.ops.attention(q, k, v, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str | None) -> Tensor:
+        ctx.ops, ctx.scale, ctx.backend = current_ops(), scale, backend
+        o, lse = ctx.ops.attention(q, k, v, scale, backend)
         ctx.save_for_backward(q, k, v, o, lse)
         return o
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        return *ctx.ops.attention_backward(do, *ctx.saved_tensors, ctx.scale), None
+        return *ctx.ops.attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None
 
 
 class _AttentionQkvPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, scale: float) -> Tensor:
-        ctx.ops, ctx.scale = current_ops(), scale
-        o, lse = ctx.ops.attention(*qkv.unbind(2), scale)
+    def forward(ctx: Any, qkv: Tensor, scale: float, backend: str | None) -> Tensor:
+        ctx.ops, ctx.scale, ctx.backend = current_ops(), scale, backend
+        o, lse = ctx.ops.attention(*qkv.unbind(2), scale, backend)
         ctx.save_for_backward(qkv, o, lse)
         return o
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
-        return ctx.ops.attention_qkvpacked_backward(do, *ctx.saved_tensors, ctx.scale), None
+        return ctx.ops.attention_qkvpacked_backward(do, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None

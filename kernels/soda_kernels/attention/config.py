@@ -1,4 +1,4 @@
-"""How attention is laid over programs: the launch config of a problem.
+"""Who computes attention on a GPU, and how: the config of a problem.
 
 Block sizes come from compiling for sm_90: of those tried, large ones that keep everything in registers. Exceptions are
 fp32 backwards, where a narrow head (32) spills 8 registers and a wide one (256) over a hundred.
@@ -6,6 +6,7 @@ fp32 backwards, where a narrow head (32) spills 8 registers and a wide one (256)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor
 
 from soda_kernels import _tuning
+from soda_kernels._launch import can_describe
 
+PYTORCH_VARIANTS = ("cudnn", "flash")
+"""Variants that are PyTorch's own kernels: what a table takes for the problems in which they were measured faster."""
+BACKENDS = ("triton", *PYTORCH_VARIANTS)
 # The longest row of scores that stays on chip, and the largest head of which one program forms all gradients.
 _WHOLE_ROW_KEYS = 256
 _ONE_KERNEL_ELEMENTS = 16384
@@ -32,14 +37,17 @@ class Problem:
     keys: int
     head_dim: int
     element_bytes: int
+    describable: bool = True
+    """Whether tensor descriptors can stand for the inputs, and the chip reads by them."""
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, *, backward: bool) -> Problem:
-        """Describe a call by its q and k, [B, T, H, D]."""
+    def of(cls, q: Tensor, k: Tensor, *others: Tensor, backward: bool) -> Problem:
+        """Describe a call by its q, k and other inputs of such shapes, [B, T, H, D]."""
         batch, queries, heads, head_dim = q.shape
         return cls(
             backward=backward, pairs=batch * heads, queries=queries, keys=k.shape[1], head_dim=head_dim,
             element_bytes=q.element_size(),
+            describable=_tuning.has_copy_engine(q.device) and all(map(can_describe, (q, k, *others))),
         )  # fmt: skip
 
     @property
@@ -57,26 +65,38 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """A launch config."""
+    """Which kernels run; for those of this package, how they are launched."""
 
     variant: str
-    """Forward "whole_row" or "online"; backward "one_kernel" or "two_kernels"."""
-    block_m: int
+    """Forward "whole_row" or "online"; backward "one_kernel" or "two_kernels"; either way one of PYTORCH_VARIANTS."""
+    block_m: int = 0
     """Queries of a tile."""
-    block_n: int
+    block_n: int = 0
     """Keys of a tile; all of them if "whole_row"."""
-    num_warps: int
+    num_warps: int = 0
     num_stages: int = 1
     pairs: int = 1
     """Heads that a program takes in turn, if "whole_row"."""
     query_blocks: int = 1
     """Blocks of queries that a program takes in turn, if "whole_row"."""
+    descriptors: bool = False
+    """Whether inner loops load by tensor descriptors, if "online" or "two_kernels"."""
 
 
-def choose(problem: Problem, device: torch.device) -> AttentionConfig:
-    """Return the config that was tuned for the problem on this GPU, or the heuristic's."""
+def choose(problem: Problem, device: torch.device, backend: str | None = None) -> AttentionConfig:
+    """Return the config that was tuned for the problem on this GPU, or the heuristic's.
+
+    Args:
+        backend: one of BACKENDS that was asked for.
+    """
+    if backend in PYTORCH_VARIANTS:
+        return AttentionConfig(variant=backend)
     tuned = _tuning.look_up("attention", problem.key, device)
-    return AttentionConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
+    config = AttentionConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
+    # The table's key says nothing of strides, nor of what was asked for. PyTorch's kernels want them as descriptors do.
+    if config.variant in PYTORCH_VARIANTS and (backend == "triton" or not problem.describable):
+        config = heuristic(problem, _tuning.num_multiprocessors(device))
+    return dataclasses.replace(config, descriptors=config.descriptors and problem.describable)
 
 
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> AttentionConfig:
@@ -93,10 +113,12 @@ def _forward(problem: Problem, num_multiprocessors: int) -> AttentionConfig:
     if problem.element_bytes == 4:
         wide = width > 128
         return AttentionConfig(variant="online", block_m=32, block_n=16 if wide else 32, num_warps=8 if wide else 4)
-    if width > 128:
-        return AttentionConfig(variant="online", block_m=64, block_n=32, num_warps=8, num_stages=2)
-    if keys > _WHOLE_ROW_KEYS:
-        return AttentionConfig(variant="online", block_m=128, block_n=64, num_warps=8, num_stages=2)
+    if width > 128 or keys > _WHOLE_ROW_KEYS:
+        block_m, block_n = (64, 32) if width > 128 else (128, 64)
+        return AttentionConfig(
+            variant="online", block_m=block_m, block_n=block_n, num_warps=8, num_stages=2,
+            descriptors=problem.describable,
+        )  # fmt: skip
     most = 128 if keys > 64 and width <= 64 else 64
     block = min(most, max(16, _tuning.power_of_two(problem.queries)))
     full = problem.pairs >= num_multiprocessors
@@ -116,9 +138,13 @@ def _backward(problem: Problem) -> AttentionConfig:
     if problem.element_bytes == 4:
         block = 32 if width <= 64 else 16
         return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=8)
-    if width > 128:
-        return AttentionConfig(variant=variant, block_m=32, block_n=32, num_warps=8)
+    described = problem.describable and not one
     if width > 64:
-        return AttentionConfig(variant=variant, block_m=32 if one else 64, block_n=64, num_warps=8)
+        block_m, block_n = (32, 32) if width > 128 else (32, 64) if one else (64, 64)
+        return AttentionConfig(
+            variant=variant, block_m=block_m, block_n=block_n, num_warps=8, descriptors=described
+        )  # fmt: skip
     block = min(64, max(16, _tuning.power_of_two(longest)))
-    return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4)
+    return AttentionConfig(
+        variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4, descriptors=described
+    )

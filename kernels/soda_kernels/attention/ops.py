@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from soda_kernels._library import define
-from soda_kernels.attention import cpu, reference
-from soda_kernels.attention.config import Problem, choose
+from soda_kernels.attention import cpu, reference, sdpa
+from soda_kernels.attention.config import PYTORCH_VARIANTS, Problem, choose
 
 
 def _contiguous(like: Tensor) -> Tensor:
@@ -18,7 +20,7 @@ def _contiguous(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _contiguous(q), reference.empty_lse(q)
 
 
@@ -28,6 +30,16 @@ def _fake_backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tupl
 
 def _fake_backward_qkvpacked(do: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return _contiguous(qkv)
+
+
+def _without_backend(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Run an implementation that has no choice of backend, which is an op's last argument."""
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        return implementation(*arguments[:-1])
+
+    return run
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,84 +65,109 @@ def _span(x: Tensor) -> int:
     return x.shape[1] * max(x.stride(1), 4 * x.shape[2] * x.shape[3]) + x.shape[3] * x.stride(3)
 
 
-def _gpu_forward(*args: Any) -> Any:
-    if _unsupported(*args[:3]):
-        return reference.forward(*args)
+def _refuse(backend: str | None, reason: str) -> None:
+    """Raise if a backend was asked for that `reason` keeps from running."""
+    if backend is not None:
+        raise ValueError(f"backend is {backend!r}, which cannot run: {reason}")
+
+
+def _gpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
+    if reason := _unsupported(q, k, v):
+        _refuse(backend, reason)
+        return reference.forward(q, k, v, scale)
+    config = choose(Problem.of(q, k, v, backward=False), q.device, backend)
+    if config.variant in PYTORCH_VARIANTS:
+        return sdpa.forward(q, k, v, scale, config.variant)
     from soda_kernels.attention import triton_impl
 
-    return triton_impl.forward(*args)
+    return triton_impl.plan_forward(q, k, v, scale, config=config).run()
 
 
 def _gpu_backward(*args: Any) -> Any:
-    do, q, k, v = args[:4]
-    if _unsupported(q, k, v, do):
-        return reference.backward(*args)
+    do, q, k, v, o, lse, scale, backend = args
+    if reason := _unsupported(q, k, v, do):
+        _refuse(backend, reason)
+        return reference.backward(do, q, k, v, o, lse, scale)
+    config = choose(Problem.of(q, k, v, do, backward=True), q.device, backend)
+    if config.variant in PYTORCH_VARIANTS:
+        return sdpa.backward(do, q, k, v, o, lse, scale, config.variant)
     from soda_kernels.attention import triton_impl
 
-    return triton_impl.backward(*args)
+    return triton_impl.plan_backward(do, q, k, v, o, lse, scale, config=config).run()
 
 
 def _gpu_backward_qkvpacked(*args: Any) -> Any:
-    do, qkv = args[:2]
-    if _unsupported(*qkv.unbind(2), do):
-        return reference.backward_qkvpacked(*args)
+    do, qkv, o, lse, scale, backend = args
+    q, k, v = qkv.unbind(2)
+    if reason := _unsupported(q, k, v, do):
+        _refuse(backend, reason)
+        return reference.backward_qkvpacked(do, qkv, o, lse, scale)
+    config = choose(Problem.of(q, k, v, do, backward=True), q.device, backend)
+    if config.variant in PYTORCH_VARIANTS:
+        return torch.stack(sdpa.backward(do, q, k, v, o, lse, scale, config.variant), dim=2)
     from soda_kernels.attention import triton_impl
 
-    return triton_impl.backward_qkvpacked(*args)
+    return triton_impl.plan_backward_qkvpacked(do, qkv, o, lse, scale, config=config).run()[0]
 
 
 def _describe(
-    device_type: str, q: Tensor, k: Tensor, *others: Tensor, backward: bool
+    device_type: str, q: Tensor, k: Tensor, *others: Tensor, backend: str | None, backward: bool
 ) -> tuple[str, dict[str, Any], str]:
     if device_type == "cpu":
         if cpu.is_empty(q):
             return "reference", {}, "nothing to compute"
         return "torch", {}, "PyTorch's flash attention for CPUs"
-    reason = _unsupported(q, k, *others)
-    if reason:
+    if reason := _unsupported(q, k, *others):
+        _refuse(backend, reason)
         return "reference", {}, reason
-    problem = Problem.of(q, k, backward=backward)
-    return "triton", dataclasses.asdict(choose(problem, q.device)), f"{problem.key} of {q.device}"
+    problem = Problem.of(q, k, *others, backward=backward)
+    config = choose(problem, q.device, backend)
+    reason = f"{problem.key} of {q.device}" if backend is None else "asked for by `backend`"
+    if config.variant in PYTORCH_VARIANTS:
+        return "torch", {"variant": config.variant}, reason
+    return "triton", dataclasses.asdict(config), reason
 
 
-def _describe_forward(device_type: str, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
-    return _describe(device_type, q, k, v, backward=False)
+def _describe_forward(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
+    q, k, v, _, backend = args
+    return _describe(device_type, q, k, v, backend=backend, backward=False)
 
 
 def _describe_backward(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
     do, q, k, v = args[:4]
-    return _describe(device_type, q, k, v, do, backward=True)
+    return _describe(device_type, q, k, v, do, backend=args[-1], backward=True)
 
 
 def _describe_backward_qkvpacked(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
     do, qkv = args[:2]
-    return _describe(device_type, *qkv.unbind(2), do, backward=True)
+    return _describe(device_type, *qkv.unbind(2), do, backend=args[-1], backward=True)
 
 
 define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    reference=reference.forward,
+    "(Tensor q, Tensor k, Tensor v, float scale, str? backend) -> (Tensor, Tensor)",
+    reference=_without_backend(reference.forward),
     fake=_fake_forward,
-    cpu=cpu.forward,
+    cpu=_without_backend(cpu.forward),
     gpu=_gpu_forward,
     describe=_describe_forward,
 )
 define(
     "attention_backward",
-    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
-    reference=reference.backward,
+    "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=_without_backend(reference.backward),
     fake=_fake_backward,
-    cpu=cpu.backward,
+    cpu=_without_backend(cpu.backward),
     gpu=_gpu_backward,
     describe=_describe_backward,
 )
 define(
     "attention_qkvpacked_backward",
-    "(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale) -> Tensor",
-    reference=reference.backward_qkvpacked,
+    "(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, str? backend) -> Tensor",
+    reference=_without_backend(reference.backward_qkvpacked),
     fake=_fake_backward_qkvpacked,
-    cpu=cpu.backward_qkvpacked,
+    cpu=_without_backend(cpu.backward_qkvpacked),
     gpu=_gpu_backward_qkvpacked,
     describe=_describe_backward_qkvpacked,
 )

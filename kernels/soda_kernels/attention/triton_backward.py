@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soda_kernels.attention.triton_device import head_of, load_tile, score_gradient, store_tile
+from soda_kernels.attention.triton_device import head_of, load_rows, load_tile, score_gradient, store_tile
 
 
 @triton.jit
@@ -94,13 +94,11 @@ def _attention_bwd_queries_kernel(
     o_batch_stride, o_row_stride, o_head_stride, dq_batch_stride, dq_row_stride, dq_head_stride,
     heads, queries, keys, scale, gradient_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries, and their delta for the kernel that follows."""
+    """dQ of a block of queries, and their delta for the kernel that follows. If DESCRIBED, k and v are descriptors."""
     pair, m = tl.program_id(0), tl.program_id(1) * BLOCK_M
     q_head = head_of(q_ptr, pair, heads, q_batch_stride, q_head_stride, VECTOR)
-    k_head = head_of(k_ptr, pair, heads, k_batch_stride, k_head_stride, VECTOR)
-    v_head = head_of(v_ptr, pair, heads, v_batch_stride, v_head_stride, VECTOR)
     do_head = head_of(do_ptr, pair, heads, do_batch_stride, do_head_stride, VECTOR)
     o_head = head_of(o_ptr, pair, heads, o_batch_stride, o_head_stride, VECTOR)
     rows = pair.to(tl.int64) * queries
@@ -112,8 +110,14 @@ def _attention_bwd_queries_kernel(
     tl.store(delta_ptr + rows + row, delta, row < queries)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(0, keys, BLOCK_N):
-        k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
-        v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        k = load_rows(
+            k_ptr, pair, heads, n, keys, k_batch_stride, k_row_stride, k_head_stride, k_dim_stride,
+            BLOCK_N, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+        )  # fmt: skip
+        v = load_rows(
+            v_ptr, pair, heads, n, keys, v_batch_stride, v_row_stride, v_head_stride, v_dim_stride,
+            BLOCK_N, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+        )  # fmt: skip
         _, ds = score_gradient(q, k, v, do, lse, delta, scale, n, keys, BLOCK_N, PRECISION)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq_head = head_of(dq_ptr, pair, heads, dq_batch_stride, dq_head_stride, VECTOR)
@@ -129,22 +133,26 @@ def _attention_bwd_keys_kernel(
     v_batch_stride, v_row_stride, v_head_stride, v_dim_stride,
     dk_batch_stride, dk_row_stride, dk_head_stride, heads, queries, keys, scale, gradient_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of keys."""
+    """dK and dV of a block of keys. If DESCRIBED, q and do are descriptors."""
     pair, n = tl.program_id(0), tl.program_id(1) * BLOCK_N
-    q_head = head_of(q_ptr, pair, heads, q_batch_stride, q_head_stride, VECTOR)
     k_head = head_of(k_ptr, pair, heads, k_batch_stride, k_head_stride, VECTOR)
     v_head = head_of(v_ptr, pair, heads, v_batch_stride, v_head_stride, VECTOR)
-    do_head = head_of(do_ptr, pair, heads, do_batch_stride, do_head_stride, VECTOR)
     rows = pair.to(tl.int64) * queries
     k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
     v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for m in range(0, queries, BLOCK_M):
-        q = load_tile(q_head, m, queries, q_row_stride, q_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
-        do = load_tile(do_head, m, queries, do_row_stride, do_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+        q = load_rows(
+            q_ptr, pair, heads, m, queries, q_batch_stride, q_row_stride, q_head_stride, q_dim_stride,
+            BLOCK_M, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+        )  # fmt: skip
+        do = load_rows(
+            do_ptr, pair, heads, m, queries, do_batch_stride, do_row_stride, do_head_stride, do_dim_stride,
+            BLOCK_M, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+        )  # fmt: skip
         row = m + tl.arange(0, BLOCK_M)
         lse = tl.load(lse_ptr + rows + row, row < queries, float("inf"))
         delta = tl.load(delta_ptr + rows + row, row < queries, 0.0)

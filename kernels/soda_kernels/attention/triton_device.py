@@ -43,6 +43,22 @@ def load_tile(
 
 
 @triton.jit
+def load_rows(
+    source, pair, heads, first, length, batch_stride, row_stride, head_stride, dim_stride, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, VECTOR: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Load [ROWS, BLOCK_D] of head number `pair` from a pointer, or if DESCRIBED from a descriptor of [B, T, H, D].
+
+    A descriptor is read by the copy engine of a GPU that has one: a block takes no registers and no address arithmetic.
+    """
+    if DESCRIBED:
+        return source.load([pair // heads, first, pair % heads, 0]).reshape(ROWS, BLOCK_D)
+    else:
+        head = head_of(source, pair, heads, batch_stride, head_stride, VECTOR)
+        return load_tile(head, first, length, row_stride, dim_stride, ROWS, BLOCK_D, HEAD_DIM)
+
+
+@triton.jit
 def store_tile(
     head_ptr, value, first, length, row_stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr
 ):

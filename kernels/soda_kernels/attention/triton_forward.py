@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soda_kernels.attention.triton_device import LOG2_E, head_of, load_tile, scores, store_tile
+from soda_kernels.attention.triton_device import LOG2_E, head_of, load_rows, load_tile, scores, store_tile
 
 
 @triton.jit
@@ -56,25 +56,31 @@ def _attention_fwd_online_kernel(
     o_batch_stride, o_row_stride, o_head_stride,
     heads, num_pairs, queries, keys, scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head against all keys, in blocks."""
+    """One block of queries of one head against all keys, in blocks. If DESCRIBED, q, k and v are descriptors."""
     pair, m = tl.program_id(0), tl.program_id(1) * BLOCK_M
-    k_head = head_of(k_ptr, pair, heads, k_batch_stride, k_head_stride, VECTOR)
-    v_head = head_of(v_ptr, pair, heads, v_batch_stride, v_head_stride, VECTOR)
-    q_head = head_of(q_ptr, pair, heads, q_batch_stride, q_head_stride, VECTOR)
-    q = load_tile(q_head, m, queries, q_row_stride, q_dim_stride, BLOCK_M, BLOCK_D, HEAD_DIM)
+    q = load_rows(
+        q_ptr, pair, heads, m, queries, q_batch_stride, q_row_stride, q_head_stride, q_dim_stride,
+        BLOCK_M, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+    )  # fmt: skip
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(0, keys, BLOCK_N):  # the first block has a key, so that `highest` is finite after it
-        k = load_tile(k_head, n, keys, k_row_stride, k_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        k = load_rows(
+            k_ptr, pair, heads, n, keys, k_batch_stride, k_row_stride, k_head_stride, k_dim_stride,
+            BLOCK_N, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+        )  # fmt: skip
         s = scores(q, k, scale, n, keys, BLOCK_N, PRECISION)
         higher = tl.maximum(highest, tl.max(s, axis=1))
         shrink = tl.exp2((highest - higher) * LOG2_E)
         p = tl.exp2((s - higher[:, None]) * LOG2_E)
         total = total * shrink + tl.sum(p, axis=1)
-        v = load_tile(v_head, n, keys, v_row_stride, v_dim_stride, BLOCK_N, BLOCK_D, HEAD_DIM)
+        v = load_rows(
+            v_ptr, pair, heads, n, keys, v_batch_stride, v_row_stride, v_head_stride, v_dim_stride,
+            BLOCK_N, BLOCK_D, HEAD_DIM, VECTOR, DESCRIBED,
+        )  # fmt: skip
         o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
         highest = higher
     o_head = head_of(o_ptr, pair, heads, o_batch_stride, o_head_stride, VECTOR)

@@ -1,7 +1,6 @@
 """Launchers of attention: which kernels run over which grid, and what they write.
 
-`plan_forward`, `plan_backward` and `plan_backward_qkvpacked` decide and allocate; `forward`, `backward` and
-`backward_qkvpacked` are the ops' implementations on a GPU.
+They decide and allocate; what they return runs.
 """
 
 from __future__ import annotations
@@ -25,13 +24,14 @@ from soda_kernels.attention.triton_forward import _attention_fwd_online_kernel, 
 
 def plan_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: AttentionConfig | None = None) -> Plan:
     """Plan the op `attention`, whose arguments these are; none may be empty."""
-    problem = Problem.of(q, k, backward=False)
-    config = config or choose(problem, q.device)
+    problem = Problem.of(q, k, v, backward=False)
+    config = config or choose(problem, q.device, "triton")
     batch, queries, heads, _ = q.shape
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     blocks = math.ceil(queries / config.block_m)
     whole = config.variant == "whole_row"
+    described = config.descriptors and _are_aligned(q, k, v)
     launch = Launch(
         kernel=_attention_fwd_whole_row_kernel if whole else _attention_fwd_online_kernel,
         grid=(math.ceil(problem.pairs / config.pairs), math.ceil(blocks / config.query_blocks)),
@@ -42,10 +42,12 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Atten
         },
         constants={
             **_constants(problem, config, (q, k, v, o)),
-            **({"PAIRS": config.pairs, "QUERY_BLOCKS": config.query_blocks} if whole else {}),
+            **({"PAIRS": config.pairs, "QUERY_BLOCKS": config.query_blocks} if whole else {"DESCRIBED": described}),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        descriptors=_descriptors(problem, q_ptr=config.block_m, k_ptr=config.block_n, v_ptr=config.block_n)
+        if described else {},
     )  # fmt: skip
     return Plan(launches=(launch,), outputs=(o, lse), config=config)
 
@@ -68,27 +70,12 @@ def plan_backward_qkvpacked(
     return _plan_backward(do, q, k, v, o, lse, scale, dqkv.unbind(2), (dqkv,), config)
 
 
-def forward(*args: Any) -> Any:
-    """Run the op `attention`."""
-    return plan_forward(*args).run()
-
-
-def backward(*args: Any) -> Any:
-    """Run the op `attention_backward`."""
-    return plan_backward(*args).run()
-
-
-def backward_qkvpacked(*args: Any) -> Any:
-    """Run the op `attention_qkvpacked_backward`."""
-    return plan_backward_qkvpacked(*args).run()[0]
-
-
 def _plan_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float,
     gradients: Sequence[Tensor], outputs: tuple[Tensor, ...], config: AttentionConfig | None,
 ) -> Plan:  # fmt: skip
-    problem = Problem.of(q, k, backward=True)
-    config = config or choose(problem, q.device)
+    problem = Problem.of(q, k, v, do, backward=True)
+    config = config or choose(problem, q.device, "triton")
     dq, dk, dv = gradients
     o, lse = o.contiguous(), lse.contiguous()
     inputs = {"do_ptr": do, "q_ptr": q, "k_ptr": k, "v_ptr": v, "lse_ptr": lse, **_strides(do=do, q=q, k=k, v=v)}
@@ -101,10 +88,13 @@ def _plan_backward(
     with_keys = {**inputs, **lengths, "dk_ptr": dk, "dv_ptr": dv, **_dense_strides(dk=dk)}
     constants = _constants(problem, config, (do, q, k, v, o, dq, dk, dv))
 
-    def launch(kernel: Any, blocks: tuple[int, ...], arguments: dict[str, Any], **more: Any) -> Launch:
+    def launch(
+        kernel: Any, blocks: tuple[int, ...], arguments: dict[str, Any],
+        descriptors: dict[str, tuple[int, ...]] | None = None, **more: Any,
+    ) -> Launch:  # fmt: skip
         return Launch(
             kernel=kernel, grid=(problem.pairs, *blocks), arguments=arguments, constants={**constants, **more},
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, descriptors=descriptors or {},
         )  # fmt: skip
 
     query_blocks, key_blocks = math.ceil(problem.queries / config.block_m), math.ceil(problem.keys / config.block_n)
@@ -113,9 +103,12 @@ def _plan_backward(
         single = launch(_attention_bwd_head_kernel, (), {**with_queries, **with_keys}, ONE_BLOCK=one_block)
         return Plan(launches=(single,), outputs=outputs, config=config)
     delta = {"delta_ptr": torch.empty_like(lse)}
+    described = config.descriptors and _are_aligned(q, k, v, do)
+    of_keys = _descriptors(problem, k_ptr=config.block_n, v_ptr=config.block_n) if described else {}
+    of_queries = _descriptors(problem, q_ptr=config.block_m, do_ptr=config.block_m) if described else {}
     launches = (
-        launch(_attention_bwd_queries_kernel, (query_blocks,), {**with_queries, **delta}),
-        launch(_attention_bwd_keys_kernel, (key_blocks,), {**with_keys, **delta}),
+        launch(_attention_bwd_queries_kernel, (query_blocks,), {**with_queries, **delta}, of_keys, DESCRIBED=described),
+        launch(_attention_bwd_keys_kernel, (key_blocks,), {**with_keys, **delta}, of_queries, DESCRIBED=described),
     )
     return Plan(launches=launches, outputs=outputs, config=config)
 
@@ -125,6 +118,16 @@ def _constants(problem: Problem, config: AttentionConfig, tensors: Sequence[Tens
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": problem.block_dim,
         "HEAD_DIM": problem.head_dim, "VECTOR": _vector(tensors), "PRECISION": _precision(),
     }  # fmt: skip
+
+
+def _descriptors(problem: Problem, **rows: int) -> dict[str, tuple[int, ...]]:
+    """Return the blocks of one head that descriptors of [B, T, H, D] load, by the names of the kernels' parameters."""
+    return {name: (1, count, 1, problem.block_dim) for name, count in rows.items()}
+
+
+def _are_aligned(*tensors: Tensor) -> bool:
+    """Whether tensors begin where descriptors can, which PyTorch's own memory does."""
+    return all(x.data_ptr() % 16 == 0 for x in tensors)
 
 
 def _vector(tensors: Sequence[Tensor]) -> int:
