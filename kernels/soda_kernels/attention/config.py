@@ -1,7 +1,7 @@
 """Who computes attention on a GPU, and how: the config of a problem.
 
-Block sizes come from compiling for sm_90: of those tried, large ones that keep everything in registers. Exceptions are
-fp32 backwards, where a narrow head (32) spills 8 registers and a wide one (256) over a hundred.
+Block sizes come from compiling for sm_90: of those tried, large ones that keep everything in registers and reach its
+matrix units. The exception is the backward of fp32 heads over 128 wide, which spills over a hundred registers.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class AttentionConfig:
     variant: str
     """Forward "whole_row" or "online"; backward "one_kernel" or "two_kernels"; either way one of PYTORCH_VARIANTS."""
     block_m: int = 0
-    """Queries of a tile."""
+    """Queries of a tile; if "two_kernels", the queries or keys whose gradients a program forms."""
     block_n: int = 0
-    """Keys of a tile; all of them if "whole_row"."""
+    """Keys of a tile, all of them if "whole_row"; if "two_kernels", the keys or queries that it goes through."""
     num_warps: int = 0
     num_stages: int = 1
     pairs: int = 1
@@ -137,13 +137,14 @@ def _backward(problem: Problem) -> AttentionConfig:
     variant = "one_kernel" if one else "two_kernels"
     if problem.element_bytes == 4:
         block = 32 if width <= 64 else 16
-        return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=8)
+        return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=4 if width <= 32 else 8)
+    if width > 64 and one:
+        return AttentionConfig(variant=variant, block_m=32, block_n=64, num_warps=8)
+    if width > 128:  # with descriptors the kernel over blocks of keys would spill
+        return AttentionConfig(variant=variant, block_m=64, block_n=32, num_warps=8, num_stages=2)
     described = problem.describable and not one
     if width > 64:
-        block_m, block_n = (32, 32) if width > 128 else (32, 64) if one else (64, 64)
-        return AttentionConfig(
-            variant=variant, block_m=block_m, block_n=block_n, num_warps=8, descriptors=described
-        )  # fmt: skip
+        return AttentionConfig(variant=variant, block_m=64, block_n=64, num_warps=8, descriptors=described)
     block = min(64, max(16, _tuning.power_of_two(longest)))
     return AttentionConfig(
         variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4, descriptors=described

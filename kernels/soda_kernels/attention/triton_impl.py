@@ -97,19 +97,24 @@ def _plan_backward(
             num_warps=config.num_warps, num_stages=config.num_stages, descriptors=descriptors or {},
         )  # fmt: skip
 
-    query_blocks, key_blocks = math.ceil(problem.queries / config.block_m), math.ceil(problem.keys / config.block_n)
     if config.variant == "one_kernel":
-        one_block = query_blocks == key_blocks == 1
+        one_block = problem.queries <= config.block_m and problem.keys <= config.block_n
         single = launch(_attention_bwd_head_kernel, (), {**with_queries, **with_keys}, ONE_BLOCK=one_block)
         return Plan(launches=(single,), outputs=outputs, config=config)
     delta = {"delta_ptr": torch.empty_like(lse)}
     described = config.descriptors and _are_aligned(q, k, v, do)
-    of_keys = _descriptors(problem, k_ptr=config.block_n, v_ptr=config.block_n) if described else {}
-    of_queries = _descriptors(problem, q_ptr=config.block_m, do_ptr=config.block_m) if described else {}
+    own, other = config.block_m, config.block_n
     launches = (
-        launch(_attention_bwd_queries_kernel, (query_blocks,), {**with_queries, **delta}, of_keys, DESCRIBED=described),
-        launch(_attention_bwd_keys_kernel, (key_blocks,), {**with_keys, **delta}, of_queries, DESCRIBED=described),
-    )
+        launch(
+            _attention_bwd_queries_kernel, (math.ceil(problem.queries / own),), {**with_queries, **delta},
+            _descriptors(problem, k_ptr=other, v_ptr=other) if described else {}, DESCRIBED=described,
+        ),
+        launch(
+            _attention_bwd_keys_kernel, (math.ceil(problem.keys / own),), {**with_keys, **delta},
+            _descriptors(problem, q_ptr=other, do_ptr=other) if described else {}, DESCRIBED=described,
+            BLOCK_M=other, BLOCK_N=own,
+        ),
+    )  # fmt: skip
     return Plan(launches=launches, outputs=outputs, config=config)
 
 
