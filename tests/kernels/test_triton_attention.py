@@ -105,21 +105,6 @@ def test_every_variant(variants: tuple[str, str], lengths: tuple[int, int], dtyp
     assert_matches(*random_inputs(*lengths, 40, dtype), FORWARD[variants[0]], BACKWARD[variants[1]])
 
 
-@DTYPES
-@pytest.mark.parametrize("head_dim", [1, 8, 32, 64, 80, 96, 128, 160, 256])
-def test_the_heuristics_choice_for_every_head_dim(head_dim: int, dtype: torch.dtype) -> None:
-    assert_matches(*random_inputs(49, 49, head_dim, dtype, heads=2), scale=head_dim**-0.5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [40, 64])
-@pytest.mark.parametrize("length", [100, 255, 256, 257, 1000, 1024])
-def test_the_heuristics_choice_for_every_length(length: int, head_dim: int) -> None:
-    # fp32 once: its products are slow in the interpreter.
-    dtype = torch.float16 if length != 100 else torch.float32
-    assert_matches(*random_inputs(length, length, head_dim, dtype, heads=1), scale=head_dim**-0.5)
-
-
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 def test_scales_of_any_sign(scale: float) -> None:
     for variants in (("whole_row", "one_kernel"), ("online", "two_kernels")):
