@@ -56,8 +56,8 @@ def by_plain_math(q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float) -> 
 
 @pytest.mark.parametrize(("dtype", "length", "head_dim"), cases())
 def test_the_error_is_at_most_twice_plain_maths(dtype: torch.dtype, length: int, head_dim: int) -> None:
-    """In norm, and but for one rounding of the largest value the largest error: a gradient is a sum of either sign, whose
-    error knows nothing of its size. In fp32 in norm alone, since lse's own rounding shows in the largest error.
+    """In norm, and the largest error but for one rounding of the largest value: a gradient is a sum of either sign,
+    whose error knows nothing of its size. In fp32 in norm alone: lse's own rounding shows in the largest error.
     """
     from soda_kernels.attention.triton_impl import plan_backward, plan_forward
 
