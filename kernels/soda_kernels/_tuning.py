@@ -5,13 +5,16 @@ A table is written by an explicit tuning run (`python -m benchmarks tune`), neve
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Config = TypeVar("Config")
 
 TABLES = Path(__file__).parent / "configs"
 
@@ -49,6 +52,12 @@ def has_copy_engine(device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     return not torch.version.hip and torch.cuda.get_device_properties(device).major >= 9
+
+
+def for_wavefronts(config: Config) -> Config:
+    """Return a launch config, a frozen dataclass, with as many threads in warps of 64 lanes, which AMD's are."""
+    fields: Any = config
+    return dataclasses.replace(fields, num_warps=max(1, fields.num_warps // 2))
 
 
 def power_of_two(number: int) -> int:

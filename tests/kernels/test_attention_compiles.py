@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 
+from soda_kernels._tuning import for_wavefronts
 from soda_kernels.aot import specify
+from soda_kernels.attention.config import AttentionConfig, Problem, for_small_registers, heuristic
 from tests.harness.compilation import compile_specs, gate
 
 IMAGES = frozenset({"q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"})
@@ -58,13 +61,15 @@ def test_sm_100() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "gfx942"])
-def test_other_architectures_compile(arch: str) -> None:
-    """The heuristic is sm_90's: on Triton 3.9.0 they spill up to 24 registers on sm_80, 135 on gfx942."""
-    with patch("soda_kernels._tuning.has_copy_engine", lambda device: False):
-        plans = [plan for length in LENGTHS for plan in packed_plans(length, 64, torch.bfloat16)]
-    launches = [launch for plan in plans for launch in plan.launches]
-    assert len(compile_specs([specify(launch) for launch in launches], arch)) == len(launches)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("arch", "fitted"), [("sm_80", for_small_registers), ("gfx942", for_wavefronts)])
+def test_other_architectures(arch: str, fitted: Any, head_dim: int) -> None:
+    def choose(problem: Problem, *_: Any) -> AttentionConfig:
+        return fitted(heuristic(replace(problem, describable=False)))
+
+    with patch("soda_kernels.attention.triton_impl.choose", choose):
+        plans = [plan for length in LENGTHS for plan in packed_plans(length, head_dim, torch.bfloat16)]
+    assert complaints(plans, arch, hgmma=False) == []
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks.cases import MEASURED_SETS, norm_cases
 from benchmarks.plans import norm_plan
+from soda_kernels._tuning import for_wavefronts
 from soda_kernels.aot import specify
 from soda_kernels.group_norm import config
-from soda_kernels.group_norm.config import GroupNormConfig, for_wavefronts
+from soda_kernels.group_norm.config import GroupNormConfig
 from tests.harness.compilation import compile_specs, gate
 from tests.packaging.source_tree import ROOT
 

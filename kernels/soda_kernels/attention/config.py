@@ -92,11 +92,21 @@ def choose(problem: Problem, device: torch.device, backend: str | None = None) -
     if backend in PYTORCH_VARIANTS:
         return AttentionConfig(variant=backend)
     tuned = _tuning.look_up("attention", problem.key, device)
-    config = AttentionConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
     # The table's key says nothing of strides, nor of what was asked for. PyTorch's kernels want them as descriptors do.
-    if config.variant in PYTORCH_VARIANTS and (backend == "triton" or not problem.describable):
-        config = heuristic(problem, _tuning.num_multiprocessors(device))
-    return dataclasses.replace(config, descriptors=config.descriptors and problem.describable)
+    if tuned and (tuned["variant"] not in PYTORCH_VARIANTS or (backend is None and problem.describable)):
+        config = AttentionConfig(**tuned)
+        return dataclasses.replace(config, descriptors=config.descriptors and problem.describable)
+    config = heuristic(problem, _tuning.num_multiprocessors(device))
+    if torch.version.hip:
+        return _tuning.for_wavefronts(config)
+    return config if _tuning.has_copy_engine(device) else for_small_registers(config)
+
+
+def for_small_registers(config: AttentionConfig) -> AttentionConfig:
+    """Return the heuristic's config for chips before sm_90, whose products take their operands from registers."""
+    if config.variant in ("one_kernel", "two_kernels"):
+        return dataclasses.replace(config, block_n=min(config.block_n, 32))
+    return config
 
 
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> AttentionConfig:

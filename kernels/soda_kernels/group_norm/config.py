@@ -118,12 +118,7 @@ def choose(problem: Problem, device: torch.device) -> GroupNormConfig:
     if tuned:
         return GroupNormConfig(**tuned)
     config = heuristic(problem, _tuning.num_multiprocessors(device))
-    return for_wavefronts(config) if torch.version.hip else config
-
-
-def for_wavefronts(config: GroupNormConfig) -> GroupNormConfig:
-    """Return a config with as many threads in warps of 64 lanes, which AMD's are."""
-    return dataclasses.replace(config, num_warps=max(1, config.num_warps // 2))
+    return _tuning.for_wavefronts(config) if torch.version.hip else config
 
 
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> GroupNormConfig:
