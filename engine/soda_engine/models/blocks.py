@@ -1,7 +1,7 @@
 """The parts of the denoiser: residual blocks that time and z modulate, self-attention, attention to sections of z.
 
-Residual blocks and attention take an image, or the sum that the block before left to them (residual.py), and leave
-their own sum to the next.
+Residual blocks and attention take an image, or the residual sum that the block before left to them, and leave their
+own sum to the next (residual.py). Around attention over a channels_last image all is views: nothing is moved.
 
 Convolutions and linear layers start as PyTorch's do, save those that `zero_init` wraps: the last of every residual
 branch, so that an untrained block passes its input on, and every modulation, so that it is the identity.
