@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from soda_engine.config import DenoiserConfig, LatentConfig
 from soda_engine.models.blocks import AttentionBlock, CrossAttentionBlock, ResidualBlock, SectionTokens
 from soda_engine.models.modulation import build_section_map
+from soda_engine.models.residual import Image, ResidualSum, formed
 from soda_engine.models.unet import Denoiser, Layer
 
 TINY = DenoiserConfig(
@@ -64,13 +65,14 @@ def test_shapes_and_layouts(case: str, layout: torch.memory_format) -> None:
         for module in model.modules()
         if isinstance(module, ResidualBlock | AttentionBlock | CrossAttentionBlock | Layer)
     ]
-    outputs: list[tuple[nn.Module, Tensor]] = []
+    outputs: list[tuple[nn.Module, ResidualSum]] = []
     x_t, t, z = inputs(model)
     x_t = x_t.contiguous(memory_format=layout)
     y = model(x_t, t, z)
     assert y.shape == x_t.shape and y.is_contiguous(memory_format=layout) and y.isfinite().all()
     assert len(outputs) == len(seen)
-    for module, output in outputs:
+    for module, left in outputs:
+        output = left.tensor()
         assert output.is_contiguous(memory_format=layout), type(module).__name__
         if output.shape[1] > 1 and output.shape[2] > 1:
             other = torch.channels_last if layout is torch.contiguous_format else torch.contiguous_format
@@ -80,13 +82,13 @@ def test_shapes_and_layouts(case: str, layout: torch.memory_format) -> None:
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_no_layer_is_fed_another_layout(in_channels: int) -> None:
     model = build(in_channels=in_channels).to(memory_format=torch.channels_last)
-    fed: list[Tensor] = []
+    fed: list[Image] = []
     for layer in layers(model):
         layer.register_forward_pre_hook(lambda _, args: fed.extend(args[0] if isinstance(args[0], tuple) else args[:1]))
     x_t, t, z = inputs(model)
     model(x_t.contiguous(memory_format=torch.channels_last), t, z)
     assert len(fed) == len(layers(model)) + 4, "one input a layer, and one skip for each of four"
-    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in fed)
+    assert all(formed(image).is_contiguous(memory_format=torch.channels_last) for image in fed)
 
 
 def test_layouts_agree() -> None:
@@ -120,8 +122,8 @@ def test_untrained_denoiser_predicts_zero_and_its_blocks_pass_their_input_on() -
     x = torch.randn(2, 8, 8, 8)
     layer = model.down[0]
     for module in (layer.attention, lambda x: layer.cross(x, torch.randn(2, 3, 32))):
-        torch.testing.assert_close(module(x), x * 2**-0.5)
-    torch.testing.assert_close(layer.block(x, torch.randn(2, 32), torch.randn(2, 5)), x * 2**-0.5)
+        torch.testing.assert_close(module(x).tensor(), x * 2**-0.5)
+    torch.testing.assert_close(layer.block(x, torch.randn(2, 32), torch.randn(2, 5)).tensor(), x * 2**-0.5)
 
 
 @pytest.mark.parametrize("pairing", ["level", "block"])
@@ -220,7 +222,8 @@ def test_residual_block_is_its_formula(out_channels: int, resample: Any, skip_ch
     if block.shortcut is not None:
         shortcut = F.conv2d(shortcut, block.shortcut.weight, block.shortcut.bias)
     assert (block.shortcut is None) == (out_channels == 8 and not skip_channels)
-    torch.testing.assert_close(block((h, skip) if skip_channels else h, time, section), (y + shortcut) * 0.5)
+    out = block((h, skip) if skip_channels else h, time, section).tensor()
+    torch.testing.assert_close(out, (y + shortcut) * 0.5)
 
 
 def norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -241,7 +244,7 @@ def test_attention_block_is_its_formula(layout: torch.memory_format) -> None:
     q, k, v = (pixels @ block.qkv.weight.flatten(1).T + block.qkv.bias).chunk(3, 2)
     o = F.scaled_dot_product_attention(heads_first(q, 3), heads_first(k, 3), heads_first(v, 3))
     o = o.transpose(1, 2).flatten(2) @ block.proj.weight.flatten(1).T + block.proj.bias
-    torch.testing.assert_close(block(x), (x + o.transpose(1, 2).unflatten(2, (3, 5))) * 0.5)
+    torch.testing.assert_close(block(x).tensor(), (x + o.transpose(1, 2).unflatten(2, (3, 5))) * 0.5)
 
 
 def test_attention_reads_the_projection_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +271,7 @@ def test_cross_attention_block_is_its_formula() -> None:
     k, v = (tokens @ block.kv.weight.T + block.kv.bias).chunk(2, 2)
     o = F.scaled_dot_product_attention(heads_first(q, 3), heads_first(k, 3), heads_first(v, 3))
     o = o.transpose(1, 2).flatten(2) @ block.proj.weight.flatten(1).T + block.proj.bias
-    torch.testing.assert_close(block(x, tokens), (x + o.transpose(1, 2).unflatten(2, (3, 5))) * 0.5)
+    torch.testing.assert_close(block(x, tokens).tensor(), (x + o.transpose(1, 2).unflatten(2, (3, 5))) * 0.5)
 
 
 def test_a_masked_section_leaves_its_embedding_as_token() -> None:

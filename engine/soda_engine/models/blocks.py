@@ -1,5 +1,8 @@
 """The parts of the denoiser: residual blocks that time and z modulate, self-attention, attention to sections of z.
 
+Residual blocks and attention take an image, or the residual sum that the block before left to them, and leave their
+own sum to the next (residual.py). Around attention over a channels_last image all is views: nothing is moved.
+
 Convolutions and linear layers start as PyTorch's do, save those that `zero_init` wraps: the last of every residual
 branch, so that an untrained block passes its input on, and every modulation, so that it is the identity.
 """
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soda_engine.models.residual import Image, ResidualSum, formed, normalized
 from soda_kernels import ModulatedGroupNorm, attention, attention_qkvpacked
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
@@ -82,8 +86,8 @@ class ResidualBlock(nn.Module):
         self.dropout_key = (index * _DROPOUT_KEY_STRIDE + 2**63) % 2**64 - 2**63
 
     def forward(
-        self, x: Tensor | tuple[Tensor, Tensor], time: Tensor, section: Tensor, seed: Tensor | None = None
-    ) -> Tensor:
+        self, x: Image | tuple[Tensor, Tensor], time: Tensor, section: Tensor, seed: Tensor | None = None
+    ) -> ResidualSum:
         """Run the block.
 
         Args:
@@ -94,14 +98,14 @@ class ResidualBlock(nn.Module):
         Returns:
             [N, out_channels, H', W'].
         """
-        h = self.conv1(self._resampled(self.norm1(x)))
+        h = self.conv1(self._resampled(normalized(self.norm1, x)))
         key = None if seed is None else seed + self.dropout_key
         h = self.norm2(h, self.time_proj(time).chunk(2, dim=1), self.z_proj(section).chunk(2, dim=1), seed=key)
-        return (self.conv2(h) + self._shortcut(x)) * self.residual_scale
+        return ResidualSum(self.conv2(h), self._shortcut(x), self.residual_scale)
 
-    def _shortcut(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        if isinstance(x, Tensor):
-            x = self._resampled(x)
+    def _shortcut(self, x: Image | tuple[Tensor, Tensor]) -> Tensor:
+        if not isinstance(x, tuple):
+            x = self._resampled(formed(x))
             return x if self.shortcut is None else self.shortcut(x)
         # A 1x1 convolution of a concatenation is the sum of one over each part, with that part's columns.
         assert self.shortcut is not None
@@ -125,8 +129,9 @@ class ConvResample(nn.Module):
         self.resample = resample
         self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample == "down" else 1, padding=1)
 
-    def forward(self, x: Tensor, condition: object = None) -> Tensor:
+    def forward(self, x: Image, condition: object = None) -> Tensor:
         """[N, C, H, W] -> [N, C, H', W']; the condition, which other layers take, plays no part."""
+        x = formed(x)
         return self.conv(x if self.resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -144,10 +149,12 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Image) -> ResidualSum:
         """[N, C, H, W] -> [N, C, H, W]."""
-        qkv = _pixels_last(self.qkv(self.norm(x))).unflatten(2, (3, self.num_heads, self.head_dim))
-        return (x + self.proj(_pixels_first(attention_qkvpacked(qkv), x))) * self.residual_scale
+        h = normalized(self.norm, x)
+        qkv = _pixels_last(self.qkv(h)).unflatten(2, (3, self.num_heads, self.head_dim))
+        h = self.proj(_pixels_first(attention_qkvpacked(qkv), h.shape[2:]))
+        return ResidualSum(formed(x), h, self.residual_scale)
 
 
 class CrossAttentionBlock(nn.Module):
@@ -170,11 +177,13 @@ class CrossAttentionBlock(nn.Module):
         self.kv = nn.Linear(token_dim, 2 * channels)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, x: Image, tokens: Tensor) -> ResidualSum:
         """[N, C, H, W] and [N, m + 1, token_dim] -> [N, C, H, W]."""
-        q = _pixels_last(self.q(self.norm(x))).unflatten(2, (self.num_heads, self.head_dim))
+        h = normalized(self.norm, x)
+        q = _pixels_last(self.q(h)).unflatten(2, (self.num_heads, self.head_dim))
         k, v = self.kv(tokens).unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
-        return (x + self.proj(_pixels_first(attention(q, k, v), x))) * self.residual_scale
+        h = self.proj(_pixels_first(attention(q, k, v), h.shape[2:]))
+        return ResidualSum(formed(x), h, self.residual_scale)
 
 
 class SectionTokens(nn.Module):
@@ -202,10 +211,10 @@ def _num_heads(channels: int, head_dim: int) -> int:
 
 
 def _pixels_last(x: Tensor) -> Tensor:
-    """View [N, C, H, W] as [N, H * W, C], without a copy for a contiguous and for a channels_last tensor."""
-    return x.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1])
+    """View [N, C, H, W], contiguous or channels_last, as [N, H * W, C]."""
+    return x.flatten(2).transpose(1, 2)
 
 
-def _pixels_first(o: Tensor, like: Tensor) -> Tensor:
+def _pixels_first(o: Tensor, sides: Sequence[int]) -> Tensor:
     """View attention's output [N, H * W, heads, head_dim] as a channels_last [N, C, H, W]."""
-    return o.flatten(2).unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    return o.flatten(2).transpose(1, 2).unflatten(2, sides)

@@ -18,6 +18,7 @@ from soda_engine.models.blocks import (
     zero_init,
 )
 from soda_engine.models.modulation import TimeEmbedding, build_section_map, mask_sections, section_slices
+from soda_engine.models.residual import Image, ResidualSum, formed, normalized
 from soda_kernels import ModulatedGroupNorm
 
 
@@ -40,7 +41,7 @@ class Layer(nn.Module):
         self.section, self.block, self.attention, self.cross = section, block, attention, cross
         self.takes_skip = block.skip_channels > 0
 
-    def forward(self, x: Tensor | tuple[Tensor, Tensor], condition: Condition) -> Tensor:
+    def forward(self, x: Image | tuple[Tensor, Tensor], condition: Condition) -> ResidualSum:
         """[N, C_in, H, W], or a pair (h, skip) -> [N, C_out, H', W']."""
         h = self.block(x, condition.time, condition.sections[self.section], condition.seed)
         if self.attention is not None:
@@ -167,8 +168,8 @@ class Denoiser(nn.Module):
         for layer in self.middle:
             h = layer(h, condition)
         for layer in self.up:
-            h = layer((h, skips.pop()) if layer.takes_skip else h, condition)
-        return self.conv_out(self.norm_out(h))
+            h = layer((formed(h), formed(skips.pop())) if layer.takes_skip else h, condition)
+        return self.conv_out(normalized(self.norm_out, h))
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, z: Tensor, seed: Tensor | None) -> None:
         side, batch = self.config.image_size, x_t.shape[0]

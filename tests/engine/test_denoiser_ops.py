@@ -1,0 +1,90 @@
+"""What the denoiser asks of PyTorch, by the profiler's list: nothing moves data around attention, few sums are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from soda_engine.config import DenoiserConfig, LatentConfig
+from soda_engine.models.blocks import AttentionBlock, CrossAttentionBlock, ResidualBlock
+from soda_engine.models.residual import ResidualSum, formed, normalized
+from soda_engine.models.unet import Denoiser
+from soda_kernels import ModulatedGroupNorm
+
+NORM = "soda_kernels::modulated_group_norm"
+MOVES = {
+    f"aten::{name}" for name in ("permute", "contiguous", "copy_", "clone", "_to_copy", "cat", "stack", "add", "mul")
+}
+
+
+def events(run: Callable[[], object], *, without: tuple[str, ...]) -> Iterator[Any]:
+    """The ops that `run` calls, at any depth, but not those that an op named in `without` calls."""
+    with profile(record_shapes=True) as seen:
+        run()
+    for event in seen.events():
+        parent = event.cpu_parent
+        while parent is not None and parent.name not in without:
+            parent = parent.cpu_parent
+        if parent is None:
+            yield event
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_nothing_moves_data_around_attention(cross: bool, differentiated: bool) -> None:
+    # Up to 16 images on one thread go through another convolution of PyTorch's, which copies its bias first.
+    a, b = (torch.randn(17, 16, 3, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    args: tuple[Tensor, ...] = ()
+    block: AttentionBlock | CrossAttentionBlock
+    if cross:
+        block = CrossAttentionBlock(16, token_dim=7, head_dim=8, num_groups=4, residual_scale=1.0)
+        args = (torch.randn(17, 4, 7),)
+    else:
+        block = AttentionBlock(16, head_dim=8, num_groups=4, residual_scale=1.0)
+    block.to(memory_format=torch.channels_last)
+    norm = ModulatedGroupNorm(4, 16)
+
+    def run() -> None:
+        left = block(ResidualSum(a, b), *args)
+        y = normalized(norm, left)
+        assert y.requires_grad == formed(left).requires_grad == differentiated
+
+    with torch.set_grad_enabled(differentiated):
+        # A norm without the native library is a reference of many ops. On a CPU PyTorch's linear layer, here that of
+        # the tokens, copies its bias first.
+        names = [event.name for event in events(run, without=(NORM, "aten::linear"))]
+    assert (names.count(NORM), names.count("aten::conv2d"), names.count("soda_kernels::attention")) == (2, 2, 1)
+    assert MOVES.isdisjoint(names), MOVES.intersection(names)
+
+
+def image_adds(**options: Any) -> tuple[Denoiser, int]:
+    """A denoiser, and how often its forward adds two images outside a norm."""
+    config = DenoiserConfig(
+        image_size=8, channels=8, multipliers=(1, 2), attention_resolutions=(4,), head_dim=8, num_groups=4, **options
+    )
+    model = Denoiser(config, LatentConfig(dim=16)).eval().to(memory_format=torch.channels_last)
+    x_t = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+
+    def run() -> None:
+        with torch.no_grad():
+            model(x_t, torch.rand(2), torch.randn(2, 16))
+
+    added = [event for event in events(run, without=(NORM,)) if event.name in ("aten::add", "aten::add_")]
+    return model, sum(len(event.input_shapes[0]) == 4 for event in added)
+
+
+@pytest.mark.parametrize("cross_attention", [False, True], ids=["self", "cross"])
+def test_the_sums_that_no_norm_forms(cross_attention: bool) -> None:
+    model, adds = image_adds(residual_scale=1.0, cross_attention=cross_attention)
+    pairs = sum(layer.takes_skip for layer in model.up)
+    # The norm of a pair with a skip forms no sum, and the convolution of a pair is a sum of two.
+    assert adds == 2 * pairs == 12
+    # Nor does any norm form a sum with a factor.
+    model, adds = image_adds(residual_scale=0.5, cross_attention=cross_attention)
+    blocks = ResidualBlock | AttentionBlock | CrossAttentionBlock
+    assert adds == pairs + sum(isinstance(module, blocks) for module in model.modules()) > 12
