@@ -104,8 +104,13 @@ def choose(problem: Problem, device: torch.device, backend: str | None = None) -
 
 def for_small_registers(config: AttentionConfig) -> AttentionConfig:
     """Return the heuristic's config for chips before sm_90, whose products take their operands from registers."""
+    if config.variant == "whole_row" and config.block_n > 64:
+        block = min(config.block_m, 32)
+        times = config.block_m // block if config.query_blocks > 1 else 1
+        return dataclasses.replace(config, block_m=block, query_blocks=times * config.query_blocks)
     if config.variant in ("one_kernel", "two_kernels"):
-        return dataclasses.replace(config, block_n=min(config.block_n, 32))
+        large, small = max(config.block_m, config.block_n), min(config.block_m, config.block_n)
+        return dataclasses.replace(config, block_m=large, block_n=min(small, 32))
     return config
 
 
