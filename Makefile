@@ -5,6 +5,9 @@ TORCH ?= torch==2.13.0
 # Beside the installed one, the Triton of PyTorch 2.11, which GPU machines have.
 TRITON ?= 3.6.0
 
+# Tests that run side by side.
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -15,18 +18,19 @@ READY := $(VENV)/.ready
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
-	@echo "  PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 the PyTorch, PYTEST_ARGS='-k norm' the tests"
+	@echo "  PYTHON=python3.12 chooses the interpreter, TORCH=torch==2.11.0 the PyTorch, PYTEST_ARGS='-k norm' the tests,"
+	@echo "  JOBS=1 how many of them run side by side"
 
 demo: $(READY)  ## train, probe and draw on a small data set; results in runs/demo
 	$(BIN)/soda-engine demo --out runs/demo
 
 test: $(READY)  ## run every test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 gate: $(READY)  ## compile the kernels with another Triton, TRITON=3.6.0, and check what they become
 	@test -d $(VENV)/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/triton-$(TRITON) 'triton==$(TRITON)'
-	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest \
+	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 		tests/kernels/test_triton_compiles.py tests/kernels/test_attention_compiles.py -k measured_shapes
 
 lint: $(READY)  ## check the style

@@ -53,6 +53,7 @@ EXTRAS = {
         "packaging>=24.0",
         "pytest>=8.2",
         "pytest-benchmark>=4.0",
+        "pytest-xdist>=3.5",
         "ruff>=0.6",
         "scipy>=1.11",
         "setuptools>=77",
