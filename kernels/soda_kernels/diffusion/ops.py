@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from soda_kernels._checks import image_memory_format
-from soda_kernels._library import define
+from soda_kernels._library import Describe, define
 from soda_kernels.diffusion import reference
 
 
@@ -27,19 +28,90 @@ def _fake_loss(prediction: Tensor, x0: Tensor, *_: Any) -> Tensor:
     return prediction.new_empty(prediction.shape[0], dtype=dtype)
 
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _unsupported(*images: Tensor | None) -> str | None:
+    """Say why the Triton kernels cannot take a call with these images, or None if they can."""
+    for image in images:
+        if image is None:
+            continue
+        if image.dtype not in _KERNEL_DTYPES:
+            return f"the kernels take fp32, bf16 and fp16, not {str(image.dtype).removeprefix('torch.')}"
+        if image.numel() == 0:
+            return "nothing to compute"
+        if image[0].numel() >= 2**31:
+            return "the kernels index inside a sample in 32 bits"
+    return None
+
+
+def _gpu(name: str, images: Callable[..., tuple[Tensor | None, ...]]) -> tuple[Callable[..., Any], Describe]:
+    """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells which.
+
+    Args:
+        images: picks those of the op's arguments that the kernels must be able to take.
+    """
+
+    def run(*args: Any) -> Any:
+        if _unsupported(*images(*args)):
+            return getattr(reference, name)(*args)
+        from soda_kernels.diffusion import triton_impl
+
+        outputs = getattr(triton_impl, f"plan_{name}")(*args).run()
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def describe(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
+        reason = _unsupported(*images(*args))
+        return ("reference", {}, reason) if reason else ("triton", {}, "tiles of images, as many as fill the chip")
+
+    return run, describe
+
+
+def _gpu_philox(normal: bool) -> Callable[..., Tensor]:
+    def run(seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, stream: int, dtype: torch.dtype) -> Tensor:
+        if dtype not in _KERNEL_DTYPES or num == 0 or sample_ids.numel() == 0:
+            draw = reference.philox_normal if normal else reference.philox_uniform
+            return draw(seed, sample_ids, step, num, stream, dtype)
+        from soda_kernels.diffusion import triton_impl
+
+        return triton_impl.plan_philox(seed, sample_ids, step, num, stream, dtype, normal=normal).run()[0]
+
+    return run
+
+
+def _describe_philox(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
+    dtype = args[-1]
+    return ("triton", {}, "blocks of numbers") if dtype in _KERNEL_DTYPES else ("reference", {}, "fp64 is its alone")
+
+
+_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *_: (x0,))
+_LOSS, _DESCRIBE_LOSS = _gpu("denoising_loss", lambda prediction, x0, *_: (prediction, x0))
+_LOSS_BACKWARD, _DESCRIBE_LOSS_BACKWARD = _gpu(
+    "denoising_loss_backward", lambda dloss, prediction, x0, *_: (prediction, x0)
+)
+_SAMPLER_STEP, _DESCRIBE_SAMPLER_STEP = _gpu("sampler_step", lambda x_t, *_: (x_t,))
+
 _LOSS_ARGUMENTS = (
     "Tensor prediction, Tensor x0, Tensor step_index, Tensor alpha, Tensor sigma, Tensor? weights, Tensor seed, "
     "Tensor sample_ids, Tensor step, str target"
 )
 _PHILOX_SCHEMA = "(Tensor seed, Tensor sample_ids, Tensor step, int num, int stream, ScalarType dtype) -> Tensor"
 
-define("philox_normal", _PHILOX_SCHEMA, reference=reference.philox_normal, fake=_fake_philox)
-define("philox_uniform", _PHILOX_SCHEMA, reference=reference.philox_uniform, fake=_fake_philox)
+define(
+    "philox_normal", _PHILOX_SCHEMA, reference=reference.philox_normal, fake=_fake_philox, gpu=_gpu_philox(True),
+    describe=_describe_philox,
+)  # fmt: skip
+define(
+    "philox_uniform", _PHILOX_SCHEMA, reference=reference.philox_uniform, fake=_fake_philox, gpu=_gpu_philox(False),
+    describe=_describe_philox,
+)  # fmt: skip
 define(
     "add_noise",
     "(Tensor x0, Tensor step_index, Tensor alpha, Tensor sigma, Tensor seed, Tensor sample_ids, Tensor step) -> Tensor",
     reference=reference.add_noise,
     fake=lambda x0, *_: _empty_like(x0),
+    gpu=_ADD_NOISE,
+    describe=_DESCRIBE_ADD_NOISE,
 )
 define(
     "add_noise_backward",
@@ -52,12 +124,16 @@ define(
     f"({_LOSS_ARGUMENTS}) -> Tensor",
     reference=reference.denoising_loss,
     fake=_fake_loss,
+    gpu=_LOSS,
+    describe=_DESCRIBE_LOSS,
 )
 define(
     "denoising_loss_backward",
     f"(Tensor dloss, {_LOSS_ARGUMENTS}) -> Tensor",
     reference=reference.denoising_loss_backward,
     fake=lambda dloss, prediction, *_: _empty_like(prediction),
+    gpu=_LOSS_BACKWARD,
+    describe=_DESCRIBE_LOSS_BACKWARD,
 )
 define(
     "sampler_step",
@@ -66,4 +142,6 @@ define(
     "Tensor? previous_index, Tensor? seed, Tensor? sample_ids) -> (Tensor, Tensor)",
     reference=reference.sampler_step,
     fake=lambda x_t, *_: (_empty_like(x_t), _empty_like(x_t)),
+    gpu=_SAMPLER_STEP,
+    describe=_DESCRIBE_SAMPLER_STEP,
 )

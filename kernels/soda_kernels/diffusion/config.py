@@ -1,0 +1,37 @@
+"""How the images of noise-schedule sampling are laid over programs: the tile of a problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from soda_kernels import _tuning
+
+# Elements of a tile at the most and at the least; how many programs of a multiprocessor are wanted before tiles grow.
+_MOST, _LEAST = 4096, 512
+_PROGRAMS = 4
+_ELEMENTS_OF_A_THREAD = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """A launch config."""
+
+    positions: int
+    """A multiple of four."""
+    channels: int
+    num_warps: int
+
+
+def choose(batch: int, positions: int, channels: int, device: torch.device) -> TileConfig:
+    """Return the tile to take unmeasured: as large as leaves programs enough, wide enough to fill sectors."""
+    wanted = _PROGRAMS * _tuning.num_multiprocessors(device)
+    size = _MOST
+    while size > _LEAST and batch * positions * channels < wanted * size:
+        size //= 2
+    width = min(_tuning.power_of_two(channels), 64)
+    rows = min(max(4, size // width), max(4, _tuning.power_of_two(positions)))
+    return TileConfig(
+        positions=rows, channels=width, num_warps=max(1, min(16, rows * width // (32 * _ELEMENTS_OF_A_THREAD)))
+    )

@@ -1,0 +1,70 @@
+"""What the kernels of noise-schedule sampling share: tiles of images, and the noise that belongs to their elements.
+
+A tile is [POSITIONS, CHANNELS] of one sample. Where every tensor is contiguous, all of a sample is one channel; in
+channels_last its channels lie side by side. Each tensor has strides of its own, so that layouts may differ.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_TWO_PI_OVER_2_24 = tl.constexpr(2.0**-24 * 6.283185307179586)
+
+
+@triton.jit
+def place(first_position, first_channel, positions, channels, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return a tile's positions [POSITIONS, 1], channels [1, CHANNELS], and which of its elements exist."""
+    position = first_position + tl.arange(0, POSITIONS)[:, None]
+    channel = first_channel + tl.arange(0, CHANNELS)[None, :]
+    return position, channel, (position < positions) & (channel < channels)
+
+
+@triton.jit
+def normal_pair(a, b):
+    """Return the two normals of two words, by Box and Muller as in soda_kernels/_philox.py."""
+    radius = tl.sqrt_rn(tl.log(a.to(tl.float32) * 2.0**-32 + 2.0**-33) * -2.0)
+    angle = (b >> 8).to(tl.float32) * _TWO_PI_OVER_2_24
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def words(seed, sample_id, step, block, STREAM: tl.constexpr):
+    """Return the four words of Philox4x32-10 for each block of a sample: the counter of soda_kernels/_philox.py."""
+    zero = tl.zeros_like(block)
+    low = tl.cast(sample_id, tl.int32)
+    high = tl.cast((sample_id >> 32) & 0x00FFFFFF, tl.int32) | (STREAM << 24)
+    return tl.philox(seed, block, zero + low, zero + high, zero + tl.cast(step, tl.int32))
+
+
+@triton.jit
+def noise(
+    seed, sample_id, step, first_position, first_channel, positions,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, STREAM: tl.constexpr, FOURS: tl.constexpr,
+):  # fmt: skip
+    """Return the normals of a tile's logical elements, channel * positions + position.
+
+    With FOURS, positions come in whole blocks of four, each of which is computed once; else every element computes its
+    own.
+    """
+    if FOURS:
+        channel = (first_channel + tl.arange(0, CHANNELS)).to(tl.int64)[None, :] * (positions // 4)
+        block = (channel + (first_position // 4 + tl.arange(0, POSITIONS // 4))[:, None]).to(tl.int32)
+        w0, w1, w2, w3 = words(seed, sample_id, step, block, STREAM)
+        n0, n1 = normal_pair(w0, w1)
+        n2, n3 = normal_pair(w2, w3)
+        fours = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(POSITIONS // 4, CHANNELS, 4)
+        return fours.permute(0, 2, 1).reshape(POSITIONS, CHANNELS)
+    else:
+        channel = (first_channel + tl.arange(0, CHANNELS)).to(tl.int64)[None, :] * positions
+        element = channel + (first_position + tl.arange(0, POSITIONS))[:, None]
+        w0, w1, w2, w3 = words(seed, sample_id, step, (element >> 2).to(tl.int32), STREAM)
+        second = (element & 2) != 0
+        even, odd = normal_pair(tl.where(second, w2, w0), tl.where(second, w3, w1))
+        return tl.where((element & 1) != 0, odd, even)
+
+
+@triton.jit
+def look_up(table_ptr, index, num_steps):
+    """Return table[index], or NaN for an index that the table does not have."""
+    return tl.load(table_ptr + index, (index >= 0) & (index < num_steps), float("nan"))

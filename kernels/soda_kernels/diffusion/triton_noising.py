@@ -1,0 +1,143 @@
+"""Kernels of noising, of the denoising loss and of its gradient. Noise is regenerated, never read or written."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from soda_kernels.diffusion.triton_device import look_up, noise, normal_pair, place, words
+
+
+@triton.jit
+def _philox_kernel(
+    out_ptr, seed_ptr, ids_ptr, step_ptr, num, chunks,
+    BLOCK: tl.constexpr, STREAM: tl.constexpr, NORMAL: tl.constexpr, STEP_PER_SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of one sample, normal or uniform."""
+    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    seed, sample_id = tl.load(seed_ptr), tl.load(ids_ptr + sample)
+    step = tl.load(step_ptr + sample if STEP_PER_SAMPLE else step_ptr)
+    block = (chunk.to(tl.int64) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)).to(tl.int32)
+    w0, w1, w2, w3 = words(seed, sample_id, step, block, STREAM)
+    if NORMAL:
+        n0, n1 = normal_pair(w0, w1)
+        n2, n3 = normal_pair(w2, w3)
+    else:
+        n0, n1 = (w0 >> 8).to(tl.float32) * 2.0**-24, (w1 >> 8).to(tl.float32) * 2.0**-24
+        n2, n3 = (w2 >> 8).to(tl.float32) * 2.0**-24, (w3 >> 8).to(tl.float32) * 2.0**-24
+    values = tl.join(tl.join(n0, n2), tl.join(n1, n3)).reshape(BLOCK)
+    element = chunk.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + sample.to(tl.int64) * num + element, values.to(out_ptr.dtype.element_ty), element < num)
+
+
+@triton.jit
+def _add_noise_kernel(
+    x0_ptr, x_t_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
+    num_steps, positions, channels, position_chunks, chunks,
+    x0_position_stride, x0_channel_stride, x_t_position_stride, x_t_channel_stride,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
+    STEP_PER_SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """x_t = alpha x0 + sigma noise in one tile of one sample."""
+    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
+    position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
+    start = sample.to(tl.int64) * channels * positions
+    index = tl.load(index_ptr + sample)
+    step = tl.load(step_ptr + sample if STEP_PER_SAMPLE else step_ptr)
+    drawn = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), step, first_position, first_channel, positions,
+                  POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
+    x0 = tl.load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists, 0.0)
+    x_t = x0.to(tl.float32) * look_up(alpha_ptr, index, num_steps) + drawn * look_up(sigma_ptr, index, num_steps)
+    to = x_t_ptr + start + position * x_t_position_stride + channel * x_t_channel_stride
+    tl.store(to, x_t.to(x_t_ptr.dtype.element_ty), exists)
+
+
+@triton.jit
+def _error(
+    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
+    num_steps, positions, channels, sample, first_position, first_channel,
+    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
+    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """Return prediction - target in a tile, 0 where nothing exists, and which of its elements do."""
+    position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
+    start = sample.to(tl.int64) * channels * positions
+    at = prediction_ptr + start + position * prediction_position_stride + channel * prediction_channel_stride
+    error = tl.load(at, exists, 0.0).to(tl.float32)
+    x0 = 0.0
+    if TARGET != "eps":
+        at = x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride
+        x0 = tl.load(at, exists, 0.0).to(tl.float32)
+    if TARGET == "x0":
+        error -= x0
+    else:
+        step = tl.load(step_ptr + sample if STEP_PER_SAMPLE else step_ptr)
+        target = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), step, first_position, first_channel, positions,
+                       POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
+        if TARGET == "v":
+            index = tl.load(index_ptr + sample)
+            target = look_up(alpha_ptr, index, num_steps) * target - look_up(sigma_ptr, index, num_steps) * x0
+        error -= target
+    return tl.where(exists, error, 0.0), exists, position, channel, start
+
+
+@triton.jit
+def _denoising_loss_kernel(
+    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr, partial_ptr,
+    num_steps, positions, channels, position_chunks, chunks,
+    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
+    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """The sum of squared errors in one tile of one sample."""
+    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    error, _, _, _, _ = _error(
+        prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
+        num_steps, positions, channels, sample, chunk % position_chunks * POSITIONS,
+        chunk // position_chunks * CHANNELS,
+        prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
+        POSITIONS, CHANNELS, FOURS, STREAM, STEP_PER_SAMPLE, TARGET,
+    )  # fmt: skip
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(error * error, axis=1), axis=0))
+
+
+@triton.jit
+def _denoising_loss_total_kernel(
+    partial_ptr, index_ptr, weights_ptr, loss_ptr, num_steps, chunks, share, BLOCK: tl.constexpr
+):
+    """One sample's loss, from its tiles' sums in their order."""
+    sample = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + sample.to(tl.int64) * chunks + chunk, chunk < chunks, 0.0)
+    loss = tl.sum(total, axis=0) * share
+    if weights_ptr is not None:
+        loss *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
+    tl.store(loss_ptr + sample, loss)
+
+
+@triton.jit
+def _denoising_loss_bwd_kernel(
+    dloss_ptr, prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, weights_ptr, seed_ptr, ids_ptr, step_ptr,
+    dprediction_ptr, num_steps, positions, channels, position_chunks, chunks, share,
+    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride, dloss_stride,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
+    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
+):  # fmt: skip
+    """dprediction = dloss weight 2 / M (prediction - target) in one tile of one sample; laid out as the prediction."""
+    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    error, exists, position, channel, start = _error(
+        prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
+        num_steps, positions, channels, sample, chunk % position_chunks * POSITIONS,
+        chunk // position_chunks * CHANNELS,
+        prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
+        POSITIONS, CHANNELS, FOURS, STREAM, STEP_PER_SAMPLE, TARGET,
+    )  # fmt: skip
+    factor = tl.load(dloss_ptr + sample.to(tl.int64) * dloss_stride).to(tl.float32) * share
+    if weights_ptr is not None:
+        factor *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
+    to = dprediction_ptr + start + position * prediction_position_stride + channel * prediction_channel_stride
+    tl.store(to, (error * factor).to(dprediction_ptr.dtype.element_ty), exists)
