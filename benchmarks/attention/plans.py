@@ -1,0 +1,43 @@
+"""The kernel launches of attention, planned without being run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.attention.cases import AttentionCase
+from benchmarks.attention.problems import AttentionProblem, attention_problem
+from soda_kernels.attention.config import Problem
+
+
+def attention_plan(case: AttentionCase, mode: str, device: torch.device | str, *, config: Any = None) -> Any:
+    """Plan the forward ("fwd") or backward ("bwd") of a case.
+
+    Args:
+        device: "meta" plans without memory; "cpu" makes a plan for the interpreter.
+        config: a launch config, instead of the one that the heuristic or a tuned table gives.
+    """
+    return plan_problem(attention_problem(case, device), mode, config=config)
+
+
+def plan_problem(problem: AttentionProblem, mode: str, *, config: Any = None) -> Any:
+    """Plan the forward or backward of a problem."""
+    from soda_kernels.attention import triton_impl  # needs Triton
+
+    q, k, v = problem.parts
+    batch, queries, heads, head_dim = q.shape
+    scale = head_dim**-0.5
+    if mode == "fwd":
+        return triton_impl.plan_forward(q, k, v, scale, config=config)
+    # Of any value: what is planned, and the bytes it moves, depend on shapes alone.
+    o, lse = torch.ones_like(problem.do), torch.ones(batch, heads, queries, device=q.device)
+    if problem.packed is None:
+        return triton_impl.plan_backward(problem.do, q, k, v, o, lse, scale, config=config)
+    return triton_impl.plan_backward_qkvpacked(problem.do, problem.packed, o, lse, scale, config=config)
+
+
+def describe_problem(problem: AttentionProblem, mode: str) -> Problem:
+    """Describe a problem as the choice of its launch config sees it."""
+    q, k, _ = problem.parts
+    return Problem.of(q, k, backward=mode == "bwd")
