@@ -49,19 +49,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m benchmarks", description=DESCRIPTION)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
 
-    from benchmarks.cases import CPU_SETS, DTYPES, LAYOUTS, MEASURED_SETS, MODES, NORM_SHAPES
+    from benchmarks.cases import CPU_SETS, DTYPES, MEASURED_SETS, MODES
+    from benchmarks.families import FAMILIES, LAYOUTS, SHAPE_SETS, SUITES
 
     def command(name: str, function: Callable[[Any], int], text: str, sets: Sequence[str]) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=function)
+        shapes, layouts = (
+            "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in FAMILIES.values())
+            for kind in ("shapes", "layouts")
+        )
         added.add_argument(
-            "--cases", type=_names("shape set", NORM_SHAPES), default=tuple(sets), metavar="SETS",
-            help=f"of {', '.join(NORM_SHAPES)}, with commas between; {','.join(sets)} if not given",
+            "--cases", type=_names("shape set", SHAPE_SETS), metavar="SETS",
+            help=f"shape sets with commas between: {shapes}; {','.join(sets)} if not given",
         )  # fmt: skip
-        added.add_argument(
-            "--layouts", type=_names("layout", LAYOUTS), default=LAYOUTS, metavar="LAYOUTS",
-            help=f"of {', '.join(LAYOUTS)}; both if not given",
-        )  # fmt: skip
+        added.add_argument("--layouts", type=_names("layout", LAYOUTS), metavar="LAYOUTS",
+                           help=f"{layouts}; all if not given")  # fmt: skip
         return added
 
     traffic = command(
@@ -69,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         "Print the bytes that each kernel moves over the least it could, metered in Triton's interpreter, and what it "
         "compiles to; needs no GPU.", MEASURED_SETS,
     )  # fmt: skip
+    traffic.add_argument("--family", type=_names("family", FAMILIES), default=tuple(FAMILIES), metavar="FAMILIES",
+                         help=f"of {', '.join(FAMILIES)}; all if not given")  # fmt: skip
     traffic.add_argument("--modes", type=_names("mode", ("fwd", "bwd")), default=("fwd", "bwd"), metavar="MODES",
                          help="of fwd, bwd; both if not given")  # fmt: skip
     traffic.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
@@ -79,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     traffic.add_argument("--json", type=Path, metavar="PATH", help="write a list of rows there")
 
     run = command("run", _run, "Time a suite: every provider, checked first, in turn with the others.", CPU_SETS)
-    run.add_argument("--suite", choices=("norm",), default="norm", help="norm: modulated group norm")
+    run.add_argument("--suite", choices=tuple(SUITES), default="norm",
+                     help="norm: modulated group norm; attention; %(default)s if not given")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                      help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
     run.add_argument("--modes", type=_names("mode", MODES), default=MODES, metavar="MODES",
@@ -91,12 +97,11 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = command("tune", _tune, "Time the candidates for each launch config on this GPU and keep the fastest in the "
                    "package's table.", MEASURED_SETS)  # fmt: skip
-    tune.add_argument("--family", choices=("group_norm",), default="group_norm", help="of kernels")
+    tune.add_argument("--family", choices=tuple(FAMILIES), default="group_norm",
+                      help="of kernels; %(default)s if not given")  # fmt: skip
     tune.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
                       help="the activations'; %(default)s if not given")  # fmt: skip
     return parser
-
-
 
 
 def _names(kind: str, accepted: Sequence[str] | dict[str, Any]) -> Callable[[str], tuple[str, ...]]:
@@ -128,12 +133,15 @@ def _traffic(options: argparse.Namespace) -> int:
     os.environ["TRITON_INTERPRET"] = "1"
     _check_writable(options.json)
     from benchmarks import tables
-    from benchmarks.cases import norm_cases
+    from benchmarks.cases import MEASURED_SETS
+    from benchmarks.families import FAMILIES, choose_cases
     from benchmarks.traffic import traffic_rows, traffic_table
     from soda_engine.records import write_json
     from tests.harness.compilation import CompileError
 
-    cases = norm_cases(options.cases, options.layouts, options.dtype)
+    families = [FAMILIES[name] for name in options.family]
+    chosen = choose_cases(families, options.cases, options.layouts, options.dtype, usual=MEASURED_SETS)
+    cases = [(FAMILIES[name], case) for name, cases in chosen.items() for case in cases]
     rows = []
     try:
         for row in traffic_rows(cases, options.modes, () if options.no_compile else options.arch):
@@ -154,18 +162,21 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from benchmarks import tables
-    from benchmarks.cases import norm_cases
-    from benchmarks.norm_suite import PACES, norm_rows
+    from benchmarks.cases import CPU_SETS
+    from benchmarks.families import SUITES, choose_cases
     from benchmarks.records import append_row
+    from benchmarks.suite import PACES, suite_rows
     from benchmarks.summary import summarize_rows
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and PyTorch finds no CUDA device")
     device = torch.device(options.device)
     on_cpu = device.type == "cpu"
-    cases = norm_cases(options.cases, options.layouts, options.dtype or ("fp32" if on_cpu else "bf16"), on_cpu=on_cpu)
+    family, dtype = SUITES[options.suite], options.dtype or ("fp32" if on_cpu else "bf16")
+    chosen = choose_cases([family], options.cases, options.layouts, dtype, usual=CPU_SETS, on_cpu=on_cpu)
+    (cases,) = chosen.values()
     rows: list[dict[str, Any]] = []
-    measured = norm_rows(cases, options.modes, device, PACES["quick" if options.quick else "full"])
+    measured = suite_rows(family, cases, options.modes, device, PACES["quick" if options.quick else "full"])
     try:
         for index in range(len(cases) * len(options.modes)):
             case, mode = cases[index // len(options.modes)], options.modes[index % len(options.modes)]
@@ -183,13 +194,16 @@ def _run(options: argparse.Namespace) -> int:
 def _tune(options: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.cases import norm_cases
-    from benchmarks.tune import tune_norm
+    from benchmarks.cases import MEASURED_SETS
+    from benchmarks.families import FAMILIES, choose_cases
+    from benchmarks.tune import tune_family
 
+    family = FAMILIES[options.family]
+    chosen = choose_cases([family], options.cases, options.layouts, options.dtype, usual=MEASURED_SETS)
+    (cases,) = chosen.values()
     if not torch.cuda.is_available():
         raise ValueError("tune times kernels on a GPU, and PyTorch finds no CUDA device")
-    device = torch.device("cuda")
-    for line in tune_norm(norm_cases(options.cases, options.layouts, options.dtype), device):
+    for line in tune_family(family, cases, torch.device("cuda")):
         print(line, flush=True)
     return 0
 

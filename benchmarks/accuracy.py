@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Step
+from benchmarks.steps import Step
 from soda_kernels._native import poisoned_results
 
 MOST_TIMES_TORCH = 2.0

@@ -1,126 +1,47 @@
-"""The bytes of a case's launches, metered in Triton's interpreter at a few small sizes, from which the whole follows.
+"""Metering in Triton's interpreter: what the families share.
 
-What a launch moves depends on shapes alone, and at a fixed launch config it is a sum of simple terms: something for
-the launch (a gradient that is summed over the batch), for each block of samples that one program handles (the
-parameters it reads), for each sample, and, where programs or their loops walk over an image in chunks, for each chunk;
-and all of it is proportional to the number of groups. The interpreter takes milliseconds for every tile, so that only
-as many sizes are metered as there are terms, over as few groups as look alike.
+The interpreter takes milliseconds for every tile, so that a case is metered at a few small sizes, from which the whole
+follows. Which sizes those are, each family's `metering.py` knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from benchmarks.cases import NormCase
-from benchmarks.plans import norm_plan
 from tests.harness.interpreter import require_interpreter
-from tests.harness.traffic import SECTOR_BYTES, meter
+from tests.harness.traffic import meter
 
 COUNTS = ("bytes_moved", "bytes_dram")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """A batch, a number of positions of an image, and of groups of channels."""
-
-    batch: int
-    spatial: int
-    num_groups: int
+Counts = list[dict[str, int]]
+"""The bytes of each launch of a plan."""
 
 
-def metered_bytes(case: NormCase, mode: str, config: Any) -> tuple[list[dict[str, int]], tuple[Size, ...]]:
-    """Return the bytes of each launch of a case at one launch config, and the sizes that were metered for it."""
-    terms = _Terms(case, config)
-    metered = [_meter(case, size, mode, config) for size in terms.sizes]  # [size][launch][count]
-    if len(terms.sizes) == 1:
-        whole = metered[0]
-    else:
-        factors = np.linalg.solve([terms.of(size) for size in terms.sizes], np.reshape(metered, (len(metered), -1)))
-        whole = np.rint(terms.of(terms.whole) @ factors).reshape(np.shape(metered[0]))
-    repeats = case.shape.num_groups // terms.sizes[0].num_groups
-    launches = [{count: repeats * int(value) for count, value in zip(COUNTS, row, strict=True)} for row in whole]
-    return launches, terms.sizes
+def meter_plan(plan: Any) -> Counts:
+    """Run a plan and return the bytes of each of its launches."""
+    return [{count: getattr(launch, count) for count in COUNTS} for launch in meter(plan).launches]
 
 
-class _Terms:
-    """What the bytes of a case are a sum of, and as many sizes."""
+def extrapolate(
+    metered: Sequence[Counts], terms: Sequence[Sequence[float]], whole: Sequence[float], times: int = 1
+) -> Counts:
+    """Return the bytes of a whole case, which are sums of the same terms as those of as many smaller sizes.
 
-    def __init__(self, case: NormCase, config: Any) -> None:
-        shape = case.shape
-        self.whole = Size(batch=shape.batch, spatial=shape.height * shape.width, num_groups=shape.num_groups)
-        self._block = config.samples
-        # A resident program's tile is one chunk; where the last chunk is cut off, the whole image is one.
-        chunk = config.rows * config.tiles
-        self._chunk = chunk if self.whole.spatial % chunk == 0 else self.whole.spatial
-        one, block, chunks = self._chunk, self._block, self.whole.spatial // self._chunk
-        sizes = [(1, one), (2, one)]
-        if block > 1:
-            sizes.append((block + 1, one))
-        if chunks > 1:
-            sizes.append((1, 2 * one))
-        # Samples and chunks are alike only if each begins on a sector of its own.
-        aligned = _whole_sectors(case, shape.channels, case.num_channels, *([one] if chunks > 1 else []))
-        # Metering every sample is the best there is, where it costs no more.
-        dearer = sum(batch * spatial for batch, spatial in sizes) >= self.whole.batch * self.whole.spatial
-        if dearer or not aligned:
-            sizes = [(self.whole.batch, self.whole.spatial)]
-        groups = _fewest_groups(case, config)
-        self.sizes = tuple(Size(batch=batch, spatial=spatial, num_groups=groups) for batch, spatial in sizes)
-
-    def of(self, size: Size) -> np.ndarray:
-        """Return each term at a size."""
-        blocks = math.ceil(size.batch / self._block)
-        terms = [1, blocks]
-        if self._block > 1:
-            terms.append(size.batch)
-        if self.whole.spatial > self._chunk:
-            terms.append(size.batch * size.spatial // self._chunk)
-        return np.array(terms, dtype=np.float64)
-
-
-def _whole_sectors(case: NormCase, *elements: int) -> bool:
-    """Whether so many elements of an image always fill whole sectors."""
-    return all(count * case.torch_dtype.itemsize % SECTOR_BYTES == 0 for count in elements)
-
-
-def _fewest_groups(case: NormCase, config: Any) -> int:
-    """Return the fewest groups whose channels fill slabs, programs and sectors as all of them do."""
-    shape = case.shape
-    for groups in range(1, shape.num_groups):
-        times = shape.num_groups // groups
-        channels = [count // times for count in (shape.channels, shape.skip_channels) if count]
-        if (
-            times * groups == shape.num_groups
-            and groups % config.groups == 0
-            and groups * torch.float32.itemsize % SECTOR_BYTES == 0  # a sample's mean and rstd
-            and all(count % times == 0 for count in (shape.channels, shape.skip_channels))
-            and all(count % config.slab == 0 or config.variant != "split" for count in channels)
-            and _whole_sectors(case, *channels)
-        ):
-            return groups
-    return shape.num_groups
-
-
-def _meter(case: NormCase, size: Size, mode: str, config: Any) -> list[list[int]]:
-    """Run a case's launches at another size: the counts of each."""
-    height, width = case.shape.height, case.shape.width
-    if size.spatial != height * width:
-        height, width = 1, size.spatial  # to the kernels an image is a row of positions
-    times = case.shape.num_groups // size.num_groups
-    smaller = dataclasses.replace(case, shape=case.shape._replace(
-        batch=size.batch, height=height, width=width, num_groups=size.num_groups,
-        channels=case.shape.channels // times, skip_channels=case.shape.skip_channels // times,
-    ))  # fmt: skip
-    traffic = meter(norm_plan(smaller, mode, "cpu", config=config))
-    return [[getattr(launch, count) for count in COUNTS] for launch in traffic.launches]
+    Args:
+        metered: what each size moved.
+        terms: of each size, as many as there are sizes.
+        whole: the terms of the whole.
+        times: how many times the whole is as large as the terms say.
+    """
+    counts = np.array([[[launch[count] for count in COUNTS] for launch in launches] for launches in metered])
+    factors = np.linalg.solve(np.array(terms, dtype=np.float64), counts.reshape(len(metered), -1))
+    found = np.rint(np.array(whole, dtype=np.float64) @ factors).reshape(counts.shape[1:])
+    return [{count: times * int(value) for count, value in zip(COUNTS, row, strict=True)} for row in found]
 
 
 @contextlib.contextmanager
@@ -147,6 +68,7 @@ def hurried_interpreter() -> Iterator[None]:
     builder.options = dataclasses.replace(options, sanitize_overflow=False)
     function.__call__ = call_without_patching
     try:
-        yield
+        with np.errstate(all="ignore"):  # of values, which do not matter here
+            yield
     finally:
         builder.options, function.__call__ = options, call

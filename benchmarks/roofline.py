@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.cases import NormCase
-
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
@@ -33,15 +31,6 @@ class Ceilings:
 
 # What kernels.md assumes of the H200; only measured ceilings stand beside measured times.
 H200 = Ceilings(copy_bytes_per_s=4.3e12, matmul_flops_per_s=790e12)
-
-# Operations an element, transcendental functions counted as one: the two centred sums (4), the affine map (2), SiLU
-# (4); backward x_hat and the affine map (4), SiLU's derivative (8), the two sums (3), the combination (5).
-_NORM_FLOPS = {"fwd": 10, "bwd": 20, "fwd+bwd": 30}
-
-
-def norm_flops(case: NormCase, mode: str) -> int:
-    """Estimate the operations of a modulated group norm with SiLU."""
-    return _NORM_FLOPS[mode] * case.num_elements
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,20 +6,26 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.providers import BASELINE, OURS
 from benchmarks.tables import geometric_mean, table
-
-OURS, RIVALS = "ours", ("eager", "compile")
 
 Row = dict[str, Any]
 
 
 def summarize_rows(rows: Sequence[Row]) -> str:
     """Write a table for each layout and timer, and below them what else has to be known."""
-    parts = []
+    parts, rivals = [], _rivals(rows)
     for layout, timer in dict.fromkeys((row["case"]["layout"], row["timer"]) for row in rows):
         chosen = [row for row in rows if row["case"]["layout"] == layout and row["timer"] == timer]
-        parts.append(_layout_table(layout, timer, chosen))
-    return "\n\n".join([*parts, *filter(None, [_losses(rows), _not_timed(rows)])])
+        parts.append(_layout_table(layout, timer, chosen, rivals))
+    return "\n\n".join([*parts, *filter(None, [_losses(rows, rivals), _kernels(rows), _not_timed(rows)])])
+
+
+def _rivals(rows: Sequence[Row]) -> list[str]:
+    """List the others that could run anything."""
+    return list(dict.fromkeys(
+        row["provider"] for row in rows if row["provider"] != OURS and row["status"] != "unavailable"
+    ))  # fmt: skip
 
 
 def speed_up(rows: Sequence[Row], case_id: str, mode: str, rival: str) -> tuple[float, float] | None:
@@ -35,27 +41,27 @@ def speed_up(rows: Sequence[Row], case_id: str, mode: str, rival: str) -> tuple[
     return other["p50"] / ours["p50"], ours["aa_spread"] or 0.0
 
 
-def _layout_table(layout: str, timer: str, rows: Sequence[Row]) -> str:
+def _layout_table(layout: str, timer: str, rows: Sequence[Row], rivals: Sequence[str]) -> str:
     """Write the rows of one layout and timer, and the geometric means of their speed-ups by mode."""
     keys = list(dict.fromkeys((row["case"]["id"], row["mode"]) for row in rows))
     lines = []
     for case_id, mode in keys:
         found = {row["provider"]: row for row in rows if row["case"]["id"] == case_id and row["mode"] == mode}
-        times = [_time(found.get(name)) for name in (OURS, *RIVALS)]
-        gains = [_gain(speed_up(rows, case_id, mode, rival)) for rival in RIVALS]
+        times = [_time(found.get(name)) for name in (OURS, *rivals)]
+        gains = [_gain(speed_up(rows, case_id, mode, rival)) for rival in rivals]
         spread = next((row["stats"]["aa_spread"] for row in found.values() if row["status"] == "ok"), None)
-        saved = [_mib(found.get(name)) for name in (OURS, RIVALS[0])]
+        saved = [_mib(found.get(name)) for name in (OURS, BASELINE)]
         lines.append([case_id, mode, *times, *gains, "-" if spread is None else f"{spread:.1%}", *saved])
     for mode in dict.fromkeys(mode for _, mode in keys):
         means = []
-        for rival in RIVALS:
+        for rival in rivals:
             gains = [speed_up(rows, case_id, each, rival) for case_id, each in keys if each == mode]
             known = [gain[0] for gain in gains if gain is not None]
             means.append(f"{geometric_mean(known):.2f}x" if known else "-")
-        lines.append([f"geometric mean, {mode}", "", "", "", "", *means, "", "", ""])
+        lines.append([f"geometric mean, {mode}", "", "", *("" for _ in rivals), *means, "", "", ""])
     dtype, variants = rows[0]["case"]["dtype"], sorted({row["variant"] for row in rows if row["variant"]})
     title = f"{rows[0]['op']}, {dtype}, {layout}, timer {timer}, median us of a call; ours is {', '.join(variants)}"
-    header = ["case", "mode", OURS, *RIVALS, *(f"vs {rival}" for rival in RIVALS), "A/A", "saved MiB", "eager's"]
+    header = ["case", "mode", OURS, *rivals, *(f"vs {rival}" for rival in rivals), "A/A", "saved MiB", "eager's"]
     return f"{title}\n{table(header, lines)}"
 
 
@@ -81,18 +87,31 @@ def _mib(row: Row | None) -> str:
     return "-" if saved is None else f"{saved:,.1f}"
 
 
-def _losses(rows: Sequence[Row]) -> str:
+def _losses(rows: Sequence[Row], rivals: Sequence[str]) -> str:
     """List where a rival is faster by more than the spread."""
     lost = []
     for layout, timer, case_id, mode in dict.fromkeys(
         (row["case"]["layout"], row["timer"], row["case"]["id"], row["mode"]) for row in rows
     ):
         chosen = [row for row in rows if row["case"]["layout"] == layout and row["timer"] == timer]
-        for rival in RIVALS:
+        for rival in rivals:
             gain = speed_up(chosen, case_id, mode, rival)
             if gain is not None and gain[0] < 1 and _differs(gain):
                 lost.append(f"  {case_id} {layout} {mode} ({timer}): {gain[0]:.2f}x of {rival}")
     return "\n".join(["slower than a rival by more than the A/A spread:", *lost]) if lost else ""
+
+
+def _kernels(rows: Sequence[Row]) -> str:
+    """Say which kernel ran for those that choose among several."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for row in rows:
+        if "kernel" in row["config"]:
+            counts.setdefault((row["provider"], row["mode"]), Counter())[row["config"]["kernel"]] += 1
+    lines = (
+        f"  {provider} {mode}: {', '.join(f'{kernel} ({count})' for kernel, count in kernels.items())}"
+        for (provider, mode), kernels in sorted(counts.items())
+    )
+    return "\n".join(["the kernel that took longest (in how many rows):", *lines]) if counts else ""
 
 
 def _not_timed(rows: Sequence[Row]) -> str:

@@ -14,16 +14,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import NormCase, norm_floor_bytes
-from benchmarks.metering import hurried_interpreter, metered_bytes
-from benchmarks.plans import norm_plan
+from benchmarks.families import Family
+from benchmarks.metering import hurried_interpreter
 from benchmarks.records import describe_environment
-from benchmarks.roofline import H200, norm_flops, occupancy
+from benchmarks.roofline import H200, occupancy
 from benchmarks.tables import show_progress, table
 from soda_kernels.aot import specify
 from tests.harness.compilation import KernelReport, compile_specs
 
-OP = "modulated_group_norm"
 PREDICTION = "H200 at max(bytes_dram / 4.3 TB/s, flops / 790 TFLOP/s): a prediction, not a measurement"
 
 
@@ -31,7 +29,8 @@ PREDICTION = "H200 at max(bytes_dram / 4.3 TB/s, flops / 790 TFLOP/s): a predict
 class _Planned:
     """A case and mode with its launches at the full batch."""
 
-    case: NormCase
+    family: Family
+    case: Any
     mode: str
     plan: Any
 
@@ -41,14 +40,19 @@ class _Planned:
         return [specify(launch) for launch in self.plan.launches]
 
 
-def traffic_rows(cases: Sequence[NormCase], modes: Sequence[str], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
+def traffic_rows(
+    cases: Sequence[tuple[Family, Any]], modes: Sequence[str], archs: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield a row for every case and mode.
 
     Args:
+        cases: each with its family.
         archs: to compile for; none skips that.
     """
     planned = [
-        _Planned(case=case, mode=mode, plan=norm_plan(case, mode, "meta")) for case in cases for mode in modes
+        _Planned(family=family, case=case, mode=mode, plan=family.plan(family.problem(case, "meta"), mode))
+        for family, case in cases
+        for mode in modes
     ]
     reports = {arch: _compile([spec for each in planned for spec in each.specs], arch) for arch in archs}
     for index, each in enumerate(planned):
@@ -75,10 +79,10 @@ def _key(spec: dict[str, Any]) -> str:
 
 
 def _row(planned: _Planned, reports: dict[str, dict[str, KernelReport]]) -> dict[str, Any]:
-    case, mode, plan = planned.case, planned.mode, planned.plan
-    by_launch, sizes = metered_bytes(case, mode, plan.config)
+    family, case, mode, plan = planned.family, planned.case, planned.mode, planned.plan
+    by_launch, sizes = family.metered_bytes(case, mode, plan.config)
     moved, dram = (sum(each[key] for each in by_launch) for key in ("bytes_moved", "bytes_dram"))
-    floor = norm_floor_bytes(case, mode)
+    floor = family.floor_bytes(case, mode)
     kernels = [
         {
             "kernel": launch.kernel.fn.__name__, "programs": launch.num_programs, "num_warps": launch.num_warps,
@@ -89,26 +93,27 @@ def _row(planned: _Planned, reports: dict[str, dict[str, KernelReport]]) -> dict
         for launch, spec, each in zip(plan.launches, planned.specs, by_launch, strict=True)
     ]  # fmt: skip
     return {
-        "op": OP, "mode": mode, "variant": plan.config.variant, "case": case.id, "layout": case.layout,
+        "op": family.op, "mode": mode, "variant": plan.config.variant, "case": case.id, "layout": case.layout,
         "dtype": case.dtype, "bytes_moved": moved, "bytes_dram": dram, "bytes_floor": floor, "ratio": dram / floor,
         "launches": len(kernels), "arch": {arch: _worst(kernels, arch) for arch in reports},
         "kernels": kernels, "config": dataclasses.asdict(plan.config),
-        "metered_sizes": [dataclasses.asdict(size) for size in sizes],
+        "metered_sizes": [size._asdict() for size in sizes],
         "env": describe_environment(torch.device("cpu")),
-        "predicted_us": H200.least_us(dram, norm_flops(case, mode)), "prediction": PREDICTION,
+        "predicted_us": H200.least_us(dram, family.flops(case, mode)), "prediction": PREDICTION,
     }  # fmt: skip
 
 
-def _on_images(launch: Any, case: NormCase) -> bool:
+def _on_images(launch: Any, case: Any) -> bool:
     """Whether a launch touches tensors of the image's size, on which the width of accesses matters."""
-    least = min(filter(None, (case.shape.channels, case.shape.skip_channels))) * case.num_elements // case.num_channels
-    return any(isinstance(each, torch.Tensor) and each.numel() >= least for each in launch.arguments.values())
+    tensors = (each for each in launch.arguments.values() if isinstance(each, torch.Tensor))
+    return any(tensor.numel() >= case.image_elements for tensor in tensors)
 
 
 def _describe(report: KernelReport, num_warps: int, arch: str) -> dict[str, Any]:
     return {
         "registers": report.registers, "shared_bytes": report.shared_bytes, "spills": report.spills,
         "local_bytes": report.local_bytes, "max_vector_bytes": report.max_vector_bytes,
+        "hgmma": report.has_hgmma,
         "occupancy": occupancy(
             arch, registers=report.registers, shared_bytes=report.shared_bytes, num_warps=num_warps
         ),
@@ -116,24 +121,39 @@ def _describe(report: KernelReport, num_warps: int, arch: str) -> dict[str, Any]
 
 
 def _worst(kernels: Sequence[dict[str, Any]], arch: str) -> dict[str, Any]:
-    """Return the worst value over the kernels; of widths, occupancies and programs over those that touch images."""
+    """Return the worst value over the kernels; but for the first four, over those that touch images."""
     every = [kernel["arch"][arch] for kernel in kernels]
     big = [kernel["arch"][arch] for kernel in kernels if kernel["on_images"]]
     occupancies = [each["occupancy"] for each in big if each["occupancy"] is not None]
     return {
         **{key: max(each[key] for each in every) for key in ("registers", "shared_bytes", "spills", "local_bytes")},
         "max_vector_bytes": min(each["max_vector_bytes"] for each in big),
+        "hgmma": all(each["hgmma"] for each in big),
         "programs": min(kernel["programs"] for kernel in kernels if kernel["on_images"]),
         "occupancy": min(occupancies, default=None),
     }  # fmt: skip
 
 
 def traffic_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Write rows as a table; what was compiled stands on the right, a group of columns for each architecture."""
+    """Write a table for each op, and below them what the columns mean."""
+    tables = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        chosen = [row for row in rows if row["op"] == op]
+        tables.append(f"{op}, {chosen[0]['dtype']}\n{_op_table(chosen)}")
+    notes = [
+        "ratio: bytes_dram (distinct 32-byte sectors of each program) over the floor, each input read once and each "
+        "output written once; what several programs read counts for each of them, though L2 may serve all but one",
+        f"*: {PREDICTION}",
+    ]
+    return "\n\n".join([*tables, "\n".join(notes)])
+
+
+def _op_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write one op's rows; what was compiled stands on the right, a group of columns for each architecture."""
     archs = list(dict.fromkeys(arch for row in rows for arch in row["arch"]))
     fields = {
         "registers": "registers", "shared_bytes": "shared", "spills": "spills", "local_bytes": "local",
-        "max_vector_bytes": "vector", "occupancy": "occupancy",
+        "max_vector_bytes": "vector", "hgmma": "hgmma", "occupancy": "occupancy",
     }  # fmt: skip
     header = [
         "case", "layout", "mode", "variant", "launches", "programs", "MiB moved", "MiB dram", "MiB floor", "ratio",
@@ -150,15 +170,12 @@ def traffic_table(rows: Sequence[dict[str, Any]]) -> str:
         ]  # fmt: skip
         line += [_cell(row["arch"][arch][field]) for arch in archs for field in fields]
         lines.append(line)
-    notes = [
-        "ratio: bytes_dram (distinct 32-byte sectors of each program) over the floor, each input read once and each "
-        "output written once",
-        f"*: {PREDICTION}",
-    ]
-    return "\n".join([table(header, lines), *notes])
+    return table(header, lines)
 
 
-def _cell(value: float | int | None) -> str:
+def _cell(value: bool | float | int | None) -> str:
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.0%}" if isinstance(value, float) else f"{value:,}"

@@ -9,33 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import timers
-from benchmarks.cases import NormCase, norm_floor_bytes
-from benchmarks.plans import plan_problem
-from benchmarks.problems import NormProblem, norm_problem
+from benchmarks.families import Family
 from benchmarks.records import describe_environment
+from benchmarks.steps import Problem, Step
 from soda_kernels import _tuning
-from soda_kernels.group_norm.config import GroupNormConfig, Problem, candidates, heuristic
 
-FAMILY = "group_norm"
 _ROUNDS = 10
 
-Measure = Callable[[Sequence[Any]], float]
+Measure = Callable[[Any, Sequence[Step]], float]
 Save = Callable[[str, str, dict[str, dict[str, Any]], dict[str, Any]], Path]
 
 
-def measure_on_gpu(plans: Sequence[Any]) -> float:
-    """Return the median time of a plan in microseconds, replayed over several input sets.
+def measure_on_gpu(config: Any, steps: Sequence[Step]) -> float:
+    """Return the median time of a config in microseconds, replayed over several input sets.
 
     Not yet run on a GPU.
+
+    Args:
+        steps: calls that run the config, each on inputs of its own.
+
+    Raises:
+        ValueError: a second run gives other bits, which no op of this project does.
     """
-    times = timers.graph({"plan": [plan.run for plan in plans]}, min_rounds=_ROUNDS)
-    return statistics.median(times["plan"])
+    first = [result.clone() for result in tree_leaves(steps[0]())]
+    if not all(map(torch.equal, first, tree_leaves(steps[0]()))):
+        raise ValueError("a second run gives other bits")
+    times = timers.graph({config.variant: steps}, min_rounds=_ROUNDS)
+    return statistics.median(times[config.variant])
 
 
-def tune_norm(
-    cases: Sequence[NormCase], device: torch.device, *, measure: Measure = measure_on_gpu,
+def tune_family(
+    family: Family, cases: Sequence[Any], device: torch.device, *, measure: Measure = measure_on_gpu,
     save: Save = _tuning.save_table,
 ) -> Iterator[str]:  # fmt: skip
     """Time every candidate of every case, forward and backward, saving each winner at once, and yield what was found.
@@ -43,7 +50,7 @@ def tune_norm(
     Not yet run on a GPU.
 
     Args:
-        measure: returns the time of equal plans over different inputs.
+        measure: as `measure_on_gpu`.
         save: as `soda_kernels._tuning.save_table`.
     """
     provenance, seen = describe_environment(device), set()
@@ -51,36 +58,35 @@ def tune_norm(
     arch = _tuning.architecture(device) if on_gpu else device.type
     for case in cases:
         for mode in ("fwd", "bwd"):
-            meta = norm_problem(case, "meta")
-            described = Problem.of(meta.x, meta.skip, meta.num_groups, backward=mode == "bwd", dropout=False)
+            described = family.describe(family.problem(case, "meta"), mode)
             if described.key in seen:  # another batch that shares its entry
                 continue
             seen.add(described.key)
             count = 1
             if on_gpu:
                 l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-                count = timers.num_input_sets(norm_floor_bytes(case, mode), l2_bytes)
-            problems = [norm_problem(case, device, seed=seed) for seed in range(count)]
-            times, refused = _times(described, problems, mode, measure)
+                count = timers.num_input_sets(family.floor_bytes(case, mode), l2_bytes)
+            problems = [family.problem(case, device, seed=seed) for seed in range(count)]
+            times, refused = _times(family, described, problems, mode, measure)
             if not times:
                 yield f"{described.key}: no candidate ran; the first said: {refused[0]}"
                 continue
             best = min(times, key=lambda config: times[config])
-            save(FAMILY, arch, {described.key: dataclasses.asdict(best)}, provenance)
-            default = times.get(heuristic(described, _tuning.num_multiprocessors(device)))
+            save(family.name, arch, {described.key: dataclasses.asdict(best)}, provenance)
+            default = times.get(family.heuristic(described, _tuning.num_multiprocessors(device)))
             gain = "" if default is None else f", {default / times[best]:.2f}x the heuristic's"
             failed = f"; {len(refused)} refused to run: {refused[0]}" if refused else ""
             yield f"{described.key}: {best} {times[best]:.1f} us of {len(times)}{gain}{failed}"
 
 
 def _times(
-    described: Problem, problems: Sequence[NormProblem], mode: str, measure: Measure
-) -> tuple[dict[GroupNormConfig, float], list[str]]:
+    family: Family, described: Any, problems: Sequence[Problem], mode: str, measure: Measure
+) -> tuple[dict[Any, float], list[str]]:
     """Return the time of each candidate that runs, and what the others said."""
     times, refused = {}, []
-    for config in candidates(described):
+    for config in family.candidates(described):
         try:
-            times[config] = measure([plan_problem(problem, mode, config=config) for problem in problems])
+            times[config] = measure(config, [family.step(problem, mode, config) for problem in problems])
         except Exception as error:  # one that asks for more than the GPU has raises what Triton's driver likes
             refused.append(f"{config}: {error}".splitlines()[0])
     return times, refused

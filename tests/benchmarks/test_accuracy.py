@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import check_step, relative_error
-from benchmarks.problems import Step
+from benchmarks.steps import Step
 from soda_kernels import modulated_group_norm, native_status
 from soda_kernels._native import poisoned_results
 

@@ -19,7 +19,7 @@ TRAFFIC_KEYS = {
     "op", "mode", "variant", "case", "layout", "dtype", "bytes_moved", "bytes_dram", "bytes_floor", "ratio", "launches",
     "arch",
 }  # fmt: skip
-ARCH_KEYS = {"registers", "shared_bytes", "spills", "local_bytes", "max_vector_bytes", "programs"}
+ARCH_KEYS = {"registers", "shared_bytes", "spills", "local_bytes", "max_vector_bytes", "programs", "hgmma"}
 
 
 class Result(NamedTuple):
@@ -53,6 +53,12 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         (["run", "--layouts", "hwcn"], "'hwcn' is no layout"),
         (["run", "--dtype", "int8"], "int8"),
         (["run", "--suite", "sorting"], "sorting"),
+        (["run", "--suite", "attention", "--layouts", "nhwc"], "nhwc is no layout of attention"),
+        (["run", "--suite", "attention", "--cases", "vae-decode"], "vae-decode is no shape set of attention"),
+        (["traffic", "--family", "sorting"], "'sorting' is no family"),
+        (["traffic", "--cases", "vae-decode", "--layouts", "packed"], "no case of vae-decode in packed"),
+        (["tune", "--family", "sorting"], "sorting"),
+        (["tune", "--family", "group_norm", "--cases", "lengths"], "lengths is no shape set of group_norm"),
         (["run", "--colour"], "--colour"),
     ],
     ids=" ".join,
@@ -88,7 +94,7 @@ def test_help_names_what_is_accepted(call: Callable[..., Result], command: str) 
     assert command in call("--help").out
     result = call(command, "--help")
     assert result.code == 0
-    assert "soda-64" in result.out and "nhwc" in result.out
+    assert all(word in result.out for word in ("soda-64", "packed", "nhwc", "separate", "attention"))
 
 
 def test_a_quick_run_appends_a_row_a_line(call: Callable[..., Result], tmp_path: Path) -> None:
@@ -107,19 +113,41 @@ def test_a_quick_run_appends_a_row_a_line(call: Callable[..., Result], tmp_path:
     ]
 
 
+def test_the_attention_suite_appends_rows_too(call: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    result = call("run", "--suite", "attention", "--cases", "tiny", "--modes", "fwd", "--quick", "--json", path)
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(row["suite"], row["op"]) for row in rows} == {("attention", "attention")}
+    assert [row["provider"] for row in rows if row["case"]["layout"] == "separate"] == [
+        "ours", "eager", "compile", "sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "xformers",
+        "flash-attention",
+    ]  # fmt: skip
+    ran = {row["provider"]: row["config"].get("kernel") for row in rows if row["status"] == "ok"}
+    assert ran["compile"] == ran["eager"] == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert "vs sdpa-math" in result.out and "xformers: unavailable in 2 rows" in result.out
+
+
 @needs_interpreter
 def test_traffic_of_a_tiny_case(call: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "results" / "rows.json"
     result = call("traffic", "--cases", "tiny", "--json", path)
     assert result.code == 0, result.err
     rows = json.loads(path.read_text())
-    assert [(row["layout"], row["mode"]) for row in rows] == [
-        ("nchw", "fwd"), ("nchw", "bwd"), ("nhwc", "fwd"), ("nhwc", "bwd"),
-    ]  # fmt: skip
+    found = {(row["op"], row["case"], row["layout"], row["mode"]): row["bytes_floor"] for row in rows}
+    assert found == {
+        ("modulated_group_norm", "tiny/2x16@8x8-g4-m2", "nchw", "fwd"): 8640,
+        ("modulated_group_norm", "tiny/2x16@8x8-g4-m2", "nchw", "bwd"): 13120,
+        ("modulated_group_norm", "tiny/2x16@8x8-g4-m2", "nhwc", "fwd"): 8640,
+        ("modulated_group_norm", "tiny/2x16@8x8-g4-m2", "nhwc", "bwd"): 13120,
+        ("attention", "tiny/2x16-h2-d16", "packed", "fwd"): 8448,
+        ("attention", "tiny/2x16-h2-d16", "packed", "bwd"): 16640,
+        ("attention", "tiny/2x16x7-h2-d16", "separate", "fwd"): 6144,
+        ("attention", "tiny/2x16x7-h2-d16", "separate", "bwd"): 12032,
+    }
+    assert len({frozenset(row) for row in rows}) == 1, "rows of both ops have the same keys"
     for row in rows:
         assert row.keys() >= TRAFFIC_KEYS
-        assert row["case"] == "tiny/2x16@8x8-g4-m2" and row["op"] == "modulated_group_norm"
-        assert row["bytes_floor"] == {"fwd": 8640, "bwd": 13120}[row["mode"]]
         assert row["ratio"] == row["bytes_dram"] / row["bytes_floor"] >= 1
         assert row["launches"] == len(row["kernels"]) >= 1
         assert row["bytes_moved"] == sum(kernel["bytes_moved"] for kernel in row["kernels"])
@@ -128,8 +156,19 @@ def test_traffic_of_a_tiny_case(call: Callable[..., Result], tmp_path: Path) -> 
         assert compiled.keys() >= ARCH_KEYS
         assert compiled["registers"] == max(kernel["arch"]["sm_90"]["registers"] for kernel in row["kernels"])
         assert compiled["programs"] >= 1 and compiled["max_vector_bytes"] in (4, 8, 16)
+        assert compiled["hgmma"] == all(kernel["arch"]["sm_90"]["hgmma"] for kernel in row["kernels"])
         assert row["case"] in result.out and f"{row['ratio']:.3f}" in result.out
     assert "a prediction, not a measurement" in result.out
+    assert "modulated_group_norm, bf16\n" in result.out and "attention, bf16\n" in result.out
+
+
+@needs_interpreter
+def test_traffic_of_one_family(call: Callable[..., Result], tmp_path: Path) -> None:
+    arguments = ["--family", "attention", "--cases", "tiny", "--modes", "fwd", "--no-compile"]
+    result = call("traffic", *arguments, "--json", tmp_path / "rows.json")
+    assert result.code == 0, result.err
+    assert {row["op"] for row in json.loads((tmp_path / "rows.json").read_text())} == {"attention"}
+    assert "group_norm" not in result.out
 
 
 @needs_interpreter

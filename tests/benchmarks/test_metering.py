@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.cases import NormCase, NormShape
-from benchmarks.metering import COUNTS, hurried_interpreter, metered_bytes
-from benchmarks.plans import norm_plan
+from benchmarks.attention import metering as attention_metering
+from benchmarks.attention.cases import AttentionCase, AttentionShape, attention_floor_bytes
+from benchmarks.attention.plans import attention_plan
+from benchmarks.group_norm import metering as norm_metering
+from benchmarks.group_norm.cases import NormCase, NormShape
+from benchmarks.group_norm.plans import norm_plan
+from benchmarks.metering import hurried_interpreter, meter_plan
+from soda_kernels.attention.config import AttentionConfig
 from soda_kernels.group_norm.config import GroupNormConfig
 from tests.harness.interpreter import is_interpreting
 from tests.harness.traffic import meter
@@ -46,11 +51,58 @@ def test_extrapolated_bytes_are_the_whole_cases(name: str, mode: str, layout: st
     shape, launch_config, num_sizes = CASES[name]
     case = NormCase(shape_set=name, shape=shape, layout=layout, dtype="bf16")
     with hurried_interpreter():
-        followed, sizes = metered_bytes(case, mode, launch_config)
-        whole = meter(norm_plan(case, mode, "cpu", config=launch_config))
+        followed, sizes = norm_metering.metered_bytes(case, mode, launch_config)
+        whole = meter_plan(norm_plan(case, mode, "cpu", config=launch_config))
     assert len(sizes) == num_sizes
     assert {size.num_groups for size in sizes} == {8 if name.startswith("fewer") else shape.num_groups}
-    assert followed == [{count: getattr(launch, count) for count in COUNTS} for launch in whole.launches]
+    assert followed == whole
+
+
+def tiles(variant: str, block_n: int = 16, pairs: int = 1, query_blocks: int = 1) -> AttentionConfig:
+    return AttentionConfig(
+        variant=variant, block_m=16, block_n=block_n, num_warps=4, pairs=pairs, query_blocks=query_blocks
+    )
+
+
+# mode, shape, config, the heads that were metered, how many shapes. Heads of 24 share sectors with their neighbours,
+# and so do the lse of lengths that are no multiple of 8.
+ATTENTION = {
+    "whole-row": ("fwd", AttentionShape(2, 48, 4, 32), tiles("whole_row", 64, query_blocks=3), 1, 1),
+    "whole-row-pairs": ("fwd", AttentionShape(2, 16, 6, 24), tiles("whole_row", pairs=4), 4, 1),
+    "whole-row-odd": ("fwd", AttentionShape(4, 33, 4, 24), tiles("whole_row", 64, query_blocks=2), 8, 1),
+    "whole-row-long": ("fwd", AttentionShape(2, 96, 2, 32, keys=33), tiles("whole_row", 64, query_blocks=2), 1, 2),
+    "online": ("fwd", AttentionShape(2, 96, 4, 24), tiles("online", 32), 2, 4),
+    "online-ragged": ("fwd", AttentionShape(2, 56, 4, 24), tiles("online", 32), 2, 1),
+    "online-ragged-keys": ("fwd", AttentionShape(2, 48, 2, 24, keys=41), tiles("online", 32), 2, 2),
+    "one-kernel": ("bwd", AttentionShape(2, 48, 2, 32), tiles("one_kernel"), 1, 1),
+    "one-block": ("bwd", AttentionShape(2, 16, 4, 24), tiles("one_kernel"), 2, 1),
+    "two-kernels": ("bwd", AttentionShape(2, 48, 2, 24), tiles("two_kernels"), 2, 4),
+    "two-kernels-cross": ("bwd", AttentionShape(2, 48, 2, 32, keys=41), tiles("two_kernels"), 1, 2),
+    "two-kernels-odd": ("bwd", AttentionShape(8, 17, 2, 24), tiles("two_kernels"), 8, 1),
+    "rows-share-sectors": ("fwd", AttentionShape(2, 48, 3, 24), tiles("online"), 3, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_bytes_of_few_heads_and_short_lengths_are_those_of_all(name: str) -> None:
+    mode, shape, launch_config, heads, num_shapes = ATTENTION[name]
+    case = AttentionCase(shape_set=name, shape=shape, dtype="bf16")
+    with hurried_interpreter():
+        followed, shapes = attention_metering.metered_bytes(case, mode, launch_config)
+        whole = meter_plan(attention_plan(case, mode, "cpu", config=launch_config))
+    assert len(shapes) == num_shapes and {each.heads for each in shapes} == {heads}
+    assert followed == whole
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("length", [64, 256])
+def test_traffic_of_attention_where_heads_fill_the_chip(length: int, head_dim: int) -> None:
+    case = AttentionCase(shape_set="lengths", shape=AttentionShape(128, length, 8, head_dim), dtype="bf16")
+    for mode, most in (("fwd", 1.05), ("bwd", 1.10)):
+        with hurried_interpreter():
+            config = attention_plan(case, mode, "meta").config
+            launches, _ = attention_metering.metered_bytes(case, mode, config)
+        assert sum(launch["bytes_dram"] for launch in launches) <= most * attention_floor_bytes(case, mode)
 
 
 def test_the_hurried_interpreter_counts_the_same_and_is_put_back() -> None:

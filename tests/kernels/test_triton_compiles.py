@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cases import MEASURED_SETS, norm_cases
-from benchmarks.plans import norm_plan
+from benchmarks.group_norm.cases import norm_cases
+from benchmarks.group_norm.plans import norm_plan
 from soda_kernels._tuning import for_wavefronts
 from soda_kernels.aot import specify
 from soda_kernels.group_norm import config
 from soda_kernels.group_norm.config import GroupNormConfig
 from tests.harness.compilation import compile_specs, gate
-from tests.packaging.source_tree import ROOT
 
 # The arguments as large as an image: for these the width of an access decides the speed.
 IMAGES = frozenset(
@@ -48,7 +45,7 @@ def complaints(plans: list[Any], arch: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("shape_set", MEASURED_SETS)
+@pytest.mark.parametrize("shape_set", ["cifar", "soda-64", "soda-128", "sd15"])
 def test_the_heuristics_choices_for_the_measured_shapes(shape_set: str, layout: str) -> None:
     plans = []
     for case in norm_cases([shape_set], [layout], "bf16"):
@@ -113,16 +110,6 @@ def test_sizes_of_one_compile(variant: str) -> None:
 
 
 SHAPES = [(128, 128, 32, 32), (64, 576, 16, 16), (16, 256, 64, 64), (1, 320, 64, 64)]
-
-
-def test_the_stored_traffic_is_of_the_configs_that_run() -> None:
-    stored = sorted((ROOT / "benchmarks/results").glob("*/*-traffic.json"))[-1]
-    cases = {(case.id, case.layout): case for case in norm_cases(MEASURED_SETS, ["nchw", "nhwc"], "bf16")}
-    rows = json.loads(stored.read_text())
-    assert len(rows) == 2 * len(cases)
-    for row in rows:
-        plan = norm_plan(cases[row["case"], row["layout"]], row["mode"], "meta")
-        assert row["config"] == dataclasses.asdict(plan.config), (row["case"], row["layout"], row["mode"])
 
 
 @pytest.mark.slow

@@ -7,7 +7,9 @@ matrix units. The exception is the backward of fp32 heads over 128 wide, which s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -92,14 +94,19 @@ def choose(problem: Problem, device: torch.device, backend: str | None = None) -
     if backend in PYTORCH_VARIANTS:
         return AttentionConfig(variant=backend)
     tuned = _tuning.look_up("attention", problem.key, device)
-    # The table's key says nothing of strides, nor of what was asked for. PyTorch's kernels want them as descriptors do.
-    if tuned and (tuned["variant"] not in PYTORCH_VARIANTS or (backend is None and problem.describable)):
+    # The table's key says nothing of strides, nor of what was asked for.
+    if tuned and (tuned["variant"] not in PYTORCH_VARIANTS or (backend is None and pytorch_takes(problem))):
         config = AttentionConfig(**tuned)
         return dataclasses.replace(config, descriptors=config.descriptors and problem.describable)
     config = heuristic(problem, _tuning.num_multiprocessors(device))
     if torch.version.hip:
         return _tuning.for_wavefronts(config)
     return config if _tuning.has_copy_engine(device) else for_small_registers(config)
+
+
+def pytorch_takes(problem: Problem) -> bool:
+    """Tell whether PyTorch's kernels take a problem as it lies: 16 bits, and strides as descriptors want them."""
+    return problem.element_bytes == 2 and problem.head_dim % 8 == 0 and problem.describable
 
 
 def for_small_registers(config: AttentionConfig) -> AttentionConfig:
@@ -164,3 +171,73 @@ def _backward(problem: Problem) -> AttentionConfig:
     return AttentionConfig(
         variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4, descriptors=described
     )
+
+
+# Shared memory of a program on sm_90, and the values of tiles that a thread keeps in registers, by backward: the
+# heuristic's largest are 160 and 144. Warps beyond four are worth it where each thread still has a few.
+_SHARED_BYTES = 232_448
+_MOST_VALUES = {False: 192, True: 144}
+_FEWEST_VALUES = 8
+# Where heads share programs, about as many of these as an H200 has multiprocessors must be left.
+_FEWEST_PROGRAMS = 128
+
+
+def candidates(problem: Problem) -> Iterator[AttentionConfig]:
+    """Yield the configs that are valid for a problem and whose tiles fit the registers and shared memory of sm_90."""
+    if max(problem.queries, problem.keys) > _WHOLE_ROW_KEYS and pytorch_takes(problem):
+        yield from (AttentionConfig(variant=variant) for variant in PYTORCH_VARIANTS)
+    for config in _backward_candidates(problem) if problem.backward else _forward_candidates(problem):
+        m, n, width = config.block_m, config.block_n, problem.block_dim
+        # Backward P and dS, and dK and dV; forward S and O.
+        values = 2 * (m * n + n * width) if problem.backward else m * n + m * width
+        values //= 32 * config.num_warps
+        tiles = 2 * (m + n) if problem.backward else m + 2 * n
+        fits = values <= _MOST_VALUES[problem.backward] and (
+            tiles * width * problem.element_bytes * config.num_stages <= _SHARED_BYTES
+        )
+        if fits and (config.num_warps == 4 or values >= _FEWEST_VALUES):
+            yield config
+
+
+def _forward_candidates(problem: Problem) -> Iterator[AttentionConfig]:
+    keys = max(16, _tuning.power_of_two(problem.keys))
+    if keys <= _WHOLE_ROW_KEYS and problem.block_dim <= 128:
+        for block, num_warps in itertools.product(_blocks(problem.queries), (4, 8)):
+            all_blocks = math.ceil(problem.queries / block)
+            for query_blocks, pairs in itertools.product(sorted({1, all_blocks}), (1, 2, 4, 8)):
+                # A program that goes on to another head has been through the first one's queries.
+                if pairs == 1 or (query_blocks == all_blocks and problem.pairs >= pairs * _FEWEST_PROGRAMS):
+                    yield AttentionConfig(
+                        variant="whole_row", block_m=block, block_n=keys, num_warps=num_warps, pairs=pairs,
+                        query_blocks=query_blocks,
+                    )  # fmt: skip
+    tiles = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
+    for block_m, block_n, num_warps, num_stages in tiles:
+        for descriptors in _descriptors(problem):
+            yield AttentionConfig(
+                variant="online", block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages,
+                descriptors=descriptors,
+            )  # fmt: skip
+
+
+def _backward_candidates(problem: Problem) -> Iterator[AttentionConfig]:
+    longest = max(problem.queries, problem.keys)
+    # One program for a longer head than this keeps the others waiting.
+    one = longest * problem.head_dim <= 4 * _ONE_KERNEL_ELEMENTS
+    for variant in ("one_kernel", "two_kernels") if one else ("two_kernels",):
+        blocks = _blocks(longest)
+        for block_m, block_n, num_warps, num_stages in itertools.product(blocks, blocks, (4, 8), (1, 2)):
+            for descriptors in _descriptors(problem) if variant == "two_kernels" else (False,):
+                yield AttentionConfig(
+                    variant=variant, block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages,
+                    descriptors=descriptors,
+                )  # fmt: skip
+
+
+def _descriptors(problem: Problem) -> tuple[bool, ...]:
+    return (False, True) if problem.describable and problem.element_bytes == 2 else (False,)
+
+
+def _blocks(length: int) -> tuple[int, ...]:
+    """Return the lengths of tiles that are worth it: the long ones only for as long a sequence."""
+    return tuple(block for block in (16, 32, 64, 128) if block <= max(64, _tuning.power_of_two(length)))

@@ -1,25 +1,24 @@
-"""The tensors of a case, and the ways in which a step of an op is run on them."""
+"""The tensors of a group norm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import NormCase
+from benchmarks.group_norm.cases import NormCase
+from benchmarks.steps import Forward
 
 EPS = 1e-5
-
-Forward = Callable[..., Any]
-Step = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NormProblem:
     """The inputs of one modulated group norm and the gradient that comes back to it."""
+
+    output: ClassVar[str] = "y"
 
     x: Tensor
     skip: Tensor | None
@@ -39,6 +38,11 @@ class NormProblem:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     @property
+    def gradient(self) -> Tensor:
+        """What comes back to the result."""
+        return self.dy
+
+    @property
     def pairs(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """The modulations as the public function takes them."""
         return tuple(zip(self.modulations[0::2], self.modulations[1::2], strict=True))
@@ -48,14 +52,14 @@ class NormProblem:
         x = self.x if self.skip is None else (self.x, self.skip)
         return forward(x, self.num_groups, self.weight, self.bias, self.pairs)
 
-    def to(self, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format) -> NormProblem:
-        """Return copies of every tensor in another dtype, apart from this problem's graph."""
+    def double(self) -> NormProblem:
+        """Return contiguous copies of every tensor in fp64, apart from this problem's graph."""
 
         def copy(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
                 return None
-            wanted = memory_format if tensor.ndim == 4 else torch.preserve_format
-            return tensor.detach().to(dtype, copy=True, memory_format=wanted).requires_grad_(tensor.requires_grad)
+            wide = tensor.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+            return wide.requires_grad_(tensor.requires_grad)
 
         return NormProblem(
             x=copy(self.x), skip=copy(self.skip), weight=copy(self.weight), bias=copy(self.bias),
@@ -89,36 +93,3 @@ def norm_problem(case: NormCase, device: torch.device | str, *, seed: int = 0, g
     for tensor in problem.named_inputs.values():
         tensor.requires_grad_(grad)
     return problem
-
-
-def make_step(forward: Forward, problem: NormProblem, mode: str) -> Step:
-    """Return what is timed: a call that gives the result, the gradients, or both.
-
-    "fwd" records no graph; "bwd" differentiates again and again a graph that is recorded here, once.
-    """
-    inputs = tuple(problem.named_inputs.values())
-    if mode == "fwd":
-
-        def step() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (problem.call(forward),)
-
-    elif mode == "bwd":
-        y = problem.call(forward)
-
-        def step() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(y, inputs, problem.dy, retain_graph=True)
-
-    else:
-
-        def step() -> tuple[Tensor, ...]:
-            result = problem.call(forward)
-            return (result.detach(), *torch.autograd.grad(result, inputs, problem.dy))
-
-    return step
-
-
-def result_names(problem: NormProblem, mode: str) -> tuple[str, ...]:
-    """Name what a step of this mode returns."""
-    gradients = tuple(f"d{name}" for name in problem.named_inputs)
-    return {"fwd": ("y",), "bwd": gradients, "fwd+bwd": ("y", *gradients)}[mode]

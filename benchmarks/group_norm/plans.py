@@ -1,4 +1,4 @@
-"""The kernel launches of a case, planned without being run."""
+"""The kernel launches of a group norm, planned without being run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import NormCase
-from benchmarks.problems import EPS, NormProblem, norm_problem
+from benchmarks.group_norm.cases import NormCase
+from benchmarks.group_norm.problems import EPS, NormProblem, norm_problem
+from benchmarks.steps import Step
+from soda_kernels.group_norm.config import Problem
 
 
 def norm_plan(case: NormCase, mode: str, device: torch.device | str, *, config: Any = None) -> Any:
@@ -36,3 +38,13 @@ def plan_problem(problem: NormProblem, mode: str, *, config: Any = None) -> Any:
         problem.dy, None, problem.x, problem.skip, problem.weight, problem.bias, modulations, mean, rstd, 1.0, True,
         0.0, None, config=config,
     )  # fmt: skip
+
+
+def describe_problem(problem: NormProblem, mode: str) -> Problem:
+    """Describe a problem as the choice of its launch config sees it."""
+    return Problem.of(problem.x, problem.skip, problem.num_groups, backward=mode == "bwd", dropout=False)
+
+
+def problem_step(problem: NormProblem, mode: str, config: Any) -> Step:
+    """Return the call that runs one config on a problem."""
+    return plan_problem(problem, mode, config=config).run

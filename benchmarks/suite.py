@@ -1,8 +1,9 @@
-"""The suite `norm`: modulated group norm by every provider, forward, backward and both."""
+"""A suite: one op by every provider, forward, backward and both."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,14 @@ from torch import Tensor
 
 from benchmarks import timers
 from benchmarks.accuracy import Check, check_step
-from benchmarks.cases import NormCase, norm_floor_bytes
-from benchmarks.plans import norm_plan
-from benchmarks.problems import Forward, NormProblem, Step, make_step, norm_problem, result_names
-from benchmarks.providers import BASELINE, NORM_PROVIDERS, Provider, eager_norm
+from benchmarks.families import Family
+from benchmarks.profiles import longest_kernel
+from benchmarks.providers import BASELINE, OURS, Provider, Refused
 from benchmarks.records import describe_ceilings, describe_environment, new_row
-from benchmarks.roofline import Ceilings, measure_ceilings, norm_flops
+from benchmarks.roofline import Ceilings, measure_ceilings
+from benchmarks.steps import Forward, Problem, Step, make_step, result_names
 from soda_kernels import explain
 
-OP = "modulated_group_norm"
 _AGAIN = "eager, again"  # the baseline's second place in the rotation
 
 
@@ -51,55 +51,64 @@ class _Ready:
     forward: Forward | None
     status: str
     reason: str | None = None
+    names_kernel: bool = False
 
 
-def norm_rows(
-    cases: Sequence[NormCase], modes: Sequence[str], device: torch.device, pace: Pace,
-    providers: Sequence[Provider] = NORM_PROVIDERS,
+def suite_rows(
+    family: Family, cases: Sequence[Any], modes: Sequence[str], device: torch.device, pace: Pace,
+    providers: Sequence[Provider] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
-    """Check and time every case, yielding the rows of one case and mode as soon as they are there."""
-    constants = {"suite": "norm", "op": OP, "env": describe_environment(device)}
+    """Check and time every case, yielding the rows of one case and mode as soon as they are there.
+
+    Args:
+        providers: the family's if not given.
+    """
+    constants = {"suite": family.suite, "op": family.op, "env": describe_environment(device)}
     ceilings = measure_ceilings(device, quick=pace.quick_ceilings)
     for case in cases:
-        problem = norm_problem(case, device, grad=True)
-        exact = make_step(eager_norm, problem.to(torch.float64, torch.contiguous_format), "fwd+bwd")()
-        own = make_step(eager_norm, problem, "fwd+bwd")()
+        problem = family.problem(case, device, grad=True)
+        exact = make_step(family.plain, problem.double(), "fwd+bwd")()
+        plain = make_step(family.plain, problem, "fwd+bwd")()
         for mode in modes:
-            yield _measure(case, mode, problem, own, exact, pace, ceilings, providers, constants)
+            wanted = {"fwd": slice(0, 1), "bwd": slice(1, None), "fwd+bwd": slice(None)}[mode]
+            ready = {
+                provider.name: _prepare(provider, problem, mode, plain[wanted], exact[wanted])
+                for provider in providers or family.providers
+            }
+            yield _measure(family, case, mode, problem, ready, pace, ceilings, constants)
 
 
 def _measure(
-    case: NormCase, mode: str, problem: NormProblem, own: Sequence[Tensor], exact: Sequence[Tensor], pace: Pace,
-    ceilings: Ceilings, providers: Sequence[Provider], constants: dict[str, Any],
+    family: Family, case: Any, mode: str, problem: Problem, ready: dict[str, _Ready], pace: Pace, ceilings: Ceilings,
+    constants: dict[str, Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return the rows of one case and mode: one for each provider and timer."""
-    device = problem.x.device
-    wanted = {"fwd": slice(0, 1), "bwd": slice(1, None), "fwd+bwd": slice(None)}[mode]
-    ready = {p.name: _prepare(p, problem, mode, own[wanted], exact[wanted]) for p in providers}
+    device = problem.gradient.device
     timed = {name: entry for name, entry in ready.items() if entry.status == "ok"}
-    timings = _time(timed, problem, case, mode, pace)
+    timings = _time(family, case, mode, timed, pace, device)
     rows = []
-    for provider in providers:
-        entry = ready[provider.name]
+    for name, entry in ready.items():
         row = new_row(
-            **constants, case=case.to_dict(), provider=provider.name, mode=mode, status=entry.status,
-            reason=entry.reason, bytes_min=norm_floor_bytes(case, mode), flops=norm_flops(case, mode),
+            **constants, case=case.to_dict(), provider=name, mode=mode, status=entry.status,
+            reason=entry.reason, bytes_min=family.floor_bytes(case, mode), flops=family.flops(case, mode),
             ceilings=describe_ceilings(ceilings),
         )  # fmt: skip
         row["bound"] = ceilings.bound(row["bytes_min"], row["flops"])
         if entry.check is not None:
             row["check"] = entry.check.to_dict()
-        if provider.name == "ours":
-            row["variant"], row["config"], row["launches"] = _choice(case, mode, problem)
+        if name == OURS:
+            row["variant"], row["config"], row["launches"] = _choice(family, mode, problem)
         if entry.forward is not None and entry.step is not None:
+            if entry.names_kernel:
+                row["config"] = {"kernel": longest_kernel(entry.step, device)}
             row["memory"] = {
                 "peak_mib": _peak_mib(entry.step, device),
                 "saved_for_backward_mib": None if mode == "fwd" else saved_mib(entry.forward, problem),
             }
         for timer, times in timings.items():
             timed_row = row | {"timer": timer}
-            if provider.name in times:
-                timed_row["stats"] = timers.summarize(times[provider.name]) | {
+            if name in times:
+                timed_row["stats"] = timers.summarize(times[name]) | {
                     "aa_spread": timers.spread(times[BASELINE], times[_AGAIN]) if BASELINE in times else None
                 }
                 least = ceilings.least_us(row["bytes_min"], row["flops"])
@@ -109,10 +118,10 @@ def _measure(
 
 
 def _prepare(
-    provider: Provider, problem: NormProblem, mode: str, own: Sequence[Tensor], exact: Sequence[Tensor]
+    provider: Provider, problem: Problem, mode: str, plain: Sequence[Tensor], exact: Sequence[Tensor]
 ) -> _Ready:
     """Build a provider's step and hold its results against exact ones."""
-    reason = provider.unavailable(problem.x.device)
+    reason = provider.unavailable(problem)
     if reason is not None:
         return _Ready(step=None, check=None, forward=None, status="unavailable", reason=reason)
     try:
@@ -122,15 +131,17 @@ def _prepare(
             step()
             # torch.compile recompiles when the switch that poisons is turned.
             check = check_step(
-                step, result_names(problem, mode), own, exact, most_times_torch=provider.most_times_torch,
+                step, result_names(problem, mode), plain, exact, most_times_torch=provider.most_times_torch,
                 poison=not provider.compiled,
             )  # fmt: skip
+    except Refused as refusal:
+        return _Ready(step=None, check=None, forward=None, status="unavailable", reason=str(refusal))
     except Exception as error:  # whatever a library raises becomes its row
         reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
         return _Ready(step=None, check=None, forward=None, status="failed", reason=reason)
     if check.problems:
         return _Ready(step=None, check=check, forward=None, status="invalid", reason="; ".join(check.problems))
-    return _Ready(step=step, check=check, forward=forward, status="ok")
+    return _Ready(step=step, check=check, forward=forward, status="ok", names_kernel=provider.names_kernel)
 
 
 def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractContextManager[Any]:
@@ -143,10 +154,9 @@ def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractConte
 
 
 def _time(
-    ready: dict[str, _Ready], problem: NormProblem, case: NormCase, mode: str, pace: Pace
+    family: Family, case: Any, mode: str, ready: dict[str, _Ready], pace: Pace, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
     """Time the providers in turn, the baseline twice: by timer, by provider."""
-    device = problem.x.device
     steps = {name: entry.step for name, entry in ready.items() if entry.step is not None}
     if BASELINE in steps:
         steps[_AGAIN] = steps[BASELINE]
@@ -155,10 +165,9 @@ def _time(
     )
     if device.type != "cuda":
         return {"wall": by_wall}
-    count = timers.num_input_sets(
-        norm_floor_bytes(case, mode), torch.cuda.get_device_properties(device).L2_cache_size
-    )
-    problems = [norm_problem(case, device, seed=seed, grad=True) for seed in range(count)]
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    count = timers.num_input_sets(family.floor_bytes(case, mode), l2_bytes)
+    problems = [family.problem(case, device, seed=seed, grad=True) for seed in range(count)]
     sets = {
         name: [make_step(entry.forward, each, mode) for each in problems]
         for name, entry in ready.items()
@@ -173,7 +182,7 @@ def _time(
     }
 
 
-def saved_mib(forward: Forward, problem: NormProblem) -> float:
+def saved_mib(forward: Forward, problem: Problem) -> float:
     """Return the MiB that a forward call keeps for the backward, its inputs among them where they are kept."""
     kept: dict[int, Tensor] = {}
 
@@ -195,12 +204,11 @@ def _peak_mib(step: Step, device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 2**20
 
 
-def _choice(case: NormCase, mode: str, problem: NormProblem) -> tuple[str, dict[str, Any], int | None]:
+def _choice(family: Family, mode: str, problem: Problem) -> tuple[str, dict[str, Any], int | None]:
     """Return what runs this project's op: the variant or the backend, its launch config, and how many kernels."""
-    from soda_kernels import modulated_group_norm
-
-    choice = explain(problem.call, modulated_group_norm).choices[0]
+    choice = explain(problem.call, family.own).choices[0]
     if choice.backend != "triton":
         return choice.backend, choice.config, None
-    plans = [norm_plan(case, part, "meta") for part in ("fwd", "bwd") if part in mode]
-    return plans[0].config.variant, choice.config, sum(len(plan.launches) for plan in plans)
+    plans = [family.plan(problem, part) for part in ("fwd", "bwd") if part in mode]
+    config = dataclasses.asdict(plans[0].config)
+    return plans[0].config.variant, config, sum(len(plan.launches) for plan in plans)

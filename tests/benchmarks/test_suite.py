@@ -1,4 +1,4 @@
-"""Rows of the norm suite: complete, honest about what did not run, and without times for what computes wrongly."""
+"""Rows of a suite, here of group norm: complete, honest about what did not run, no times for what computes wrongly."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.cases import NormCase, norm_cases
-from benchmarks.norm_suite import PACES, norm_rows, saved_mib
-from benchmarks.problems import make_step, norm_problem
-from benchmarks.providers import NORM_PROVIDERS, Provider, eager_norm
+from benchmarks.families import GROUP_NORM
+from benchmarks.group_norm.cases import NormCase, norm_cases
+from benchmarks.group_norm.problems import norm_problem
+from benchmarks.group_norm.providers import NORM_PROVIDERS, eager_norm
+from benchmarks.providers import Provider
 from benchmarks.records import new_row
+from benchmarks.steps import make_step
+from benchmarks.suite import PACES, saved_mib, suite_rows
 from soda_kernels import modulated_group_norm
 
 (CASE,) = norm_cases(["tiny"], ["nhwc"], "fp32", on_cpu=True)
@@ -50,7 +53,7 @@ PROVIDERS = (
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, str], dict[str, Any]]:
     """Every row of one case, by provider and mode."""
-    measured = norm_rows([CASE], ["fwd", "bwd", "fwd+bwd"], CPU, PACES["quick"], PROVIDERS)
+    measured = suite_rows(GROUP_NORM, [CASE], ["fwd", "bwd", "fwd+bwd"], CPU, PACES["quick"], PROVIDERS)
     return {(row["provider"], row["mode"]): row for rows in measured for row in rows}
 
 

@@ -1,0 +1,1 @@
+"""Attention: its cases, tensors, providers, launches and bytes."""

@@ -1,0 +1,143 @@
+"""The ops that are measured, each as the commands see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.attention import cases as attention_cases
+from benchmarks.attention import metering as attention_metering
+from benchmarks.attention import plans as attention_plans
+from benchmarks.attention import problems as attention_problems
+from benchmarks.attention import providers as attention_providers
+from benchmarks.cases import ShapeSet
+from benchmarks.group_norm import cases as norm_cases
+from benchmarks.group_norm import metering as norm_metering
+from benchmarks.group_norm import plans as norm_plans
+from benchmarks.group_norm import problems as norm_problems
+from benchmarks.group_norm import providers as norm_providers
+from benchmarks.providers import Provider
+from benchmarks.steps import Forward, Problem, Step
+from soda_kernels import modulated_group_norm
+from soda_kernels.attention import config as attention_config
+from soda_kernels.group_norm import config as norm_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One op: its cases, what is counted of them, who computes them, and how its kernels are launched."""
+
+    name: str
+    """Of its kernels and of their table of tuned configs."""
+    suite: str
+    op: str
+    """As rows of results call it."""
+    shapes: Mapping[str, ShapeSet]
+    layouts: tuple[str, ...]
+    list_cases: Callable[..., list[Any]]
+    problem: Callable[..., Problem]
+    """Draws the tensors of a case on a device."""
+    floor_bytes: Callable[[Any, str], int]
+    flops: Callable[[Any, str], int]
+    own: Forward
+    """What this project offers for it."""
+    plain: Forward
+    """PyTorch's own chain, whose error is the measure of everyone's."""
+    providers: tuple[Provider, ...]
+    plan: Callable[..., Any]
+    """Plans the launches of a problem, by a given config or the one that would run."""
+    step: Callable[[Any, str, Any], Step]
+    """Returns the call that runs one config on a problem."""
+    metered_bytes: Callable[[Any, str, Any], Any]
+    describe: Callable[[Any, str], Any]
+    """Says what the choice of a config sees of a problem."""
+    candidates: Callable[[Any], Iterator[Any]]
+    heuristic: Callable[[Any, int], Any]
+
+    def cases(
+        self, shape_sets: Sequence[str], layouts: Sequence[str], dtype: str, *, on_cpu: bool = False
+    ) -> list[Any]:
+        """List the cases of those shape sets and layouts that it has."""
+        sets = [name for name in shape_sets if name in self.shapes]
+        return self.list_cases(sets, [each for each in layouts if each in self.layouts], dtype, on_cpu=on_cpu)
+
+
+GROUP_NORM = Family(
+    name="group_norm",
+    suite="norm",
+    op="modulated_group_norm",
+    shapes=norm_cases.NORM_SHAPES,
+    layouts=norm_cases.LAYOUTS,
+    list_cases=norm_cases.norm_cases,
+    problem=norm_problems.norm_problem,
+    floor_bytes=norm_cases.norm_floor_bytes,
+    flops=norm_cases.norm_flops,
+    own=modulated_group_norm,
+    plain=norm_providers.eager_norm,
+    providers=norm_providers.NORM_PROVIDERS,
+    plan=norm_plans.plan_problem,
+    step=norm_plans.problem_step,
+    metered_bytes=norm_metering.metered_bytes,
+    describe=norm_plans.describe_problem,
+    candidates=norm_config.candidates,
+    heuristic=norm_config.heuristic,
+)
+
+ATTENTION = Family(
+    name="attention",
+    suite="attention",
+    op="attention",
+    shapes=attention_cases.ATTENTION_SHAPES,
+    layouts=attention_cases.LAYOUTS,
+    list_cases=attention_cases.attention_cases,
+    problem=attention_problems.attention_problem,
+    floor_bytes=attention_cases.attention_floor_bytes,
+    flops=attention_cases.attention_flops,
+    own=attention_providers.own_attention,
+    plain=attention_providers.math_attention,
+    providers=attention_providers.ATTENTION_PROVIDERS,
+    plan=attention_plans.plan_problem,
+    step=attention_plans.problem_step,
+    metered_bytes=attention_metering.metered_bytes,
+    describe=attention_plans.describe_problem,
+    candidates=attention_config.candidates,
+    heuristic=attention_config.heuristic,
+)
+
+FAMILIES = {family.name: family for family in (GROUP_NORM, ATTENTION)}
+SUITES = {family.suite: family for family in FAMILIES.values()}
+SHAPE_SETS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.shapes))
+LAYOUTS = tuple(name for family in FAMILIES.values() for name in family.layouts)
+
+
+def choose_cases(
+    families: Sequence[Family], shape_sets: Sequence[str] | None, layouts: Sequence[str] | None, dtype: str, *,
+    usual: Sequence[str], on_cpu: bool = False,
+) -> dict[str, list[Any]]:  # fmt: skip
+    """List the cases of each family by its name.
+
+    Args:
+        shape_sets, layouts: what was asked for; None for the usual sets, and for every layout.
+        usual: shape sets, of each family those that it has.
+
+    Raises:
+        ValueError: what was asked for is of none of these families, or there is no case of it.
+    """
+    names = " or ".join(family.name for family in families)
+    sets_there, layouts_there = (
+        list(dict.fromkeys(name for family in families for name in getattr(family, kind)))
+        for kind in ("shapes", "layouts")
+    )
+    for kind, asked, there in (("shape set", shape_sets, sets_there), ("layout", layouts, layouts_there)):
+        for name in asked or ():
+            if name not in there:
+                raise ValueError(f"{name} is no {kind} of {names}, which has {', '.join(there)}")
+    chosen = {
+        family.name: family.cases(shape_sets or usual, layouts or layouts_there, dtype, on_cpu=on_cpu)
+        for family in families
+    }
+    if not any(chosen.values()):
+        asked = f"{', '.join(shape_sets or usual)} in {', '.join(layouts or layouts_there)}"
+        raise ValueError(f"{names} has no case of {asked}")
+    return chosen

@@ -1,0 +1,1 @@
+"""Modulated group norm: its cases, tensors, providers, launches and bytes."""

@@ -1,0 +1,48 @@
+"""The stored traffic is of the kernels as they are, and a row of several kernels tells of the worst."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks.cases import MEASURED_SETS
+from benchmarks.families import FAMILIES, Family
+from benchmarks.traffic import _worst
+from tests.packaging.source_tree import ROOT
+
+STORED = max((ROOT / "benchmarks/results").glob("*/*-traffic.json"), key=lambda path: path.name)
+ROWS = json.loads(STORED.read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_the_stored_traffic_is_of_the_configs_that_run(family: Family) -> None:
+    rows = [row for row in ROWS if row["op"] == family.op]
+    if not rows:
+        pytest.skip(f"{STORED.name} is older than the traffic of {family.op}")
+    cases = {(case.id, case.layout): case for case in family.cases(MEASURED_SETS, family.layouts, "bf16")}
+    assert len(rows) == 2 * len(cases)
+    for row in rows:
+        case = cases[row["case"], row["layout"]]
+        plan = family.plan(family.problem(case, "meta"), row["mode"])
+        assert row["config"] == dataclasses.asdict(plan.config), (row["case"], row["layout"], row["mode"])
+
+
+def kernel(*, on_images: bool, programs: int = 8, **compiled: Any) -> dict[str, Any]:
+    usual = {"registers": 64, "shared_bytes": 0, "spills": 0, "local_bytes": 0, "max_vector_bytes": 16, "hgmma": True,
+             "occupancy": 0.5}  # fmt: skip
+    return {"on_images": on_images, "programs": programs, "arch": {"sm_90": usual | compiled}}
+
+
+def test_a_row_has_the_worst_of_its_kernels() -> None:
+    small = kernel(on_images=False, programs=1, registers=200, spills=3, hgmma=False, max_vector_bytes=4, occupancy=0.1)
+    good = kernel(on_images=True)
+    assert _worst([good, small], "sm_90") == {
+        "registers": 200, "shared_bytes": 0, "spills": 3, "local_bytes": 0, "max_vector_bytes": 16, "hgmma": True,
+        "programs": 8, "occupancy": 0.5,
+    }  # fmt: skip
+    bad = kernel(on_images=True, programs=4, hgmma=False, max_vector_bytes=8, occupancy=0.25)
+    worst = _worst([good, bad], "sm_90")
+    assert (worst["programs"], worst["hgmma"], worst["max_vector_bytes"], worst["occupancy"]) == (4, False, 8, 0.25)
