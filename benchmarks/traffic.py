@@ -113,7 +113,7 @@ def _describe(report: KernelReport, num_warps: int, arch: str) -> dict[str, Any]
     return {
         "registers": report.registers, "shared_bytes": report.shared_bytes, "spills": report.spills,
         "local_bytes": report.local_bytes, "max_vector_bytes": report.max_vector_bytes,
-        "hgmma": report.has_hgmma,
+        "hgmma": report.has_hgmma and not report.has_hmma,
         "occupancy": occupancy(
             arch, registers=report.registers, shared_bytes=report.shared_bytes, num_warps=num_warps
         ),

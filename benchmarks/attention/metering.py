@@ -70,7 +70,7 @@ def _lengths(case: AttentionCase, config: Any) -> tuple[_Length, _Length]:
     """Return the queries and the keys, each shortened if it is of whole units and of more than would be metered."""
     # The backward in one kernel is another kernel where one block is all; its heads are short.
     may_shorten = config.variant != "one_kernel"
-    units = (config.block_m * config.query_blocks, config.block_n)
+    units = (config.block_m * config.blocks, config.block_n)
     queries, keys = (
         _Length(whole=whole, unit=unit, shortened=may_shorten and whole % unit == 0 and whole > 2 * unit)
         for whole, unit in zip((case.shape.queries, case.num_keys), units, strict=True)

@@ -18,13 +18,18 @@ Config = TypeVar("Config")
 
 TABLES = Path(__file__).parent / "configs"
 
-# An H100's and H200's, for plans that are made where there is no GPU.
+# An H100's and H200's, for plans that are made where there is no GPU, by fake tensors of one too.
 _DEFAULT_MULTIPROCESSORS = 132
+
+
+def _is_here(device: torch.device) -> bool:
+    """Whether a device is a GPU that can be asked about itself."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def look_up(family: str, key: str, device: torch.device) -> dict[str, Any] | None:
     """Return the tuned config for a problem on a device's architecture, or None."""
-    if device.type != "cuda":
+    if not _is_here(device):
         return None
     return load_table(family, architecture(device)).get(key)
 
@@ -41,7 +46,7 @@ def architecture(device: torch.device) -> str:
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Return how many programs a device runs side by side at least."""
-    if device.type != "cuda":
+    if not _is_here(device):
         return _DEFAULT_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -49,7 +54,7 @@ def num_multiprocessors(device: torch.device) -> int:
 @functools.cache
 def has_copy_engine(device: torch.device) -> bool:
     """Tell whether a device loads blocks that tensor descriptors describe by itself, as NVIDIA's do from sm_90 on."""
-    if device.type != "cuda":
+    if not _is_here(device):
         return True
     return not torch.version.hip and torch.cuda.get_device_properties(device).major >= 9
 

@@ -58,19 +58,19 @@ def test_extrapolated_bytes_are_the_whole_cases(name: str, mode: str, layout: st
     assert followed == whole
 
 
-def tiles(variant: str, block_n: int = 16, pairs: int = 1, query_blocks: int = 1) -> AttentionConfig:
+def tiles(variant: str, block_n: int = 16, pairs: int = 1, blocks: int = 1) -> AttentionConfig:
     return AttentionConfig(
-        variant=variant, block_m=16, block_n=block_n, num_warps=4, pairs=pairs, query_blocks=query_blocks
+        variant=variant, block_m=16, block_n=block_n, num_warps=4, pairs=pairs, blocks=blocks
     )
 
 
 # mode, shape, config, the heads that were metered, how many shapes. Heads of 24 share sectors with their neighbours,
 # and so do the lse of lengths that are no multiple of 8.
 ATTENTION = {
-    "whole-row": ("fwd", AttentionShape(2, 48, 4, 32), tiles("whole_row", 64, query_blocks=3), 1, 1),
+    "whole-row": ("fwd", AttentionShape(2, 48, 4, 32), tiles("whole_row", 64, blocks=3), 1, 1),
     "whole-row-pairs": ("fwd", AttentionShape(2, 16, 6, 24), tiles("whole_row", pairs=4), 4, 1),
-    "whole-row-odd": ("fwd", AttentionShape(4, 33, 4, 24), tiles("whole_row", 64, query_blocks=2), 8, 1),
-    "whole-row-long": ("fwd", AttentionShape(2, 96, 2, 32, keys=33), tiles("whole_row", 64, query_blocks=2), 1, 2),
+    "whole-row-odd": ("fwd", AttentionShape(4, 33, 4, 24), tiles("whole_row", 64, blocks=2), 8, 1),
+    "whole-row-long": ("fwd", AttentionShape(2, 96, 2, 32, keys=33), tiles("whole_row", 64, blocks=2), 1, 2),
     "online": ("fwd", AttentionShape(2, 96, 4, 24), tiles("online", 32), 2, 4),
     "online-ragged": ("fwd", AttentionShape(2, 56, 4, 24), tiles("online", 32), 2, 1),
     "online-ragged-keys": ("fwd", AttentionShape(2, 48, 2, 24, keys=41), tiles("online", 32), 2, 2),

@@ -145,11 +145,13 @@ def is_valid(config: AttentionConfig, problem: Problem) -> bool:
         return False
     tiles = all(block >= 16 and block & (block - 1) == 0 for block in (config.block_m, config.block_n))
     if problem.backward:
-        return tiles and config.variant in ("one_kernel", "two_kernels") and config.pairs == config.query_blocks == 1
+        return tiles and config.pairs == 1 and (
+            config.variant == "one_kernel" or (config.variant, config.blocks) == ("two_kernels", 1)
+        )  # fmt: skip
     if config.variant == "online":
-        return tiles and config.pairs == config.query_blocks == 1
+        return tiles and config.pairs == config.blocks == 1
     blocks = -(-problem.queries // config.block_m)
-    in_turn = config.pairs == 1 or config.query_blocks >= blocks
+    in_turn = config.pairs == 1 or config.blocks >= blocks
     return tiles and config.variant == "whole_row" and config.block_n >= problem.keys and in_turn
 
 

@@ -62,6 +62,7 @@ class KernelReport:
     accesses: tuple[Access, ...]
     """Instructions of lanes that load or store global memory: not a whole tile's copy, not AMD's scalar loads."""
     has_hgmma: bool
+    has_hmma: bool
     """Whether it uses the warp-group matrix instructions of sm_90."""
     listing: Path
     """The machine code with its source lines."""
@@ -120,7 +121,7 @@ def gate(
             least this much has to do most of it in accesses of this width; 0 accepts every width.
         tensors: the pointer parameters for which widths matter, as a rule those of a kernel's big tensors; all if not
             given. Accesses whose tensor is not known count as theirs.
-        hgmma: whether warp-group matrix instructions are wanted.
+        hgmma: whether every product is to be of warp-group matrix instructions, which work beside the warps.
     """
     complaints = []
     if report.spills:
@@ -154,6 +155,8 @@ def gate(
             )
     if hgmma and not report.has_hgmma:
         complaints.append("no warp-group matrix instructions")
+    if hgmma and report.has_hmma:
+        complaints.append("matrix instructions of single warps")
     return [f"{report.kernel} on {report.arch} (Triton {report.triton}): {text}" for text in complaints]
 
 

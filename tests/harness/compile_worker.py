@@ -91,6 +91,7 @@ def _read_cubin(cubin: bytes, ptx: str) -> tuple[dict[str, Any], str]:
         "spills": spills,
         "accesses": _listed(accesses),
         "has_hgmma": "HGMMA" in listing,
+        "has_hmma": re.search(r"\bHMMA\b", listing) is not None,
     }
     return fields, listing
 
@@ -135,6 +136,7 @@ def _read_amdgcn(listing: str) -> tuple[dict[str, Any], str]:
         "spills": metadata["vgpr_spill_count"],
         "accesses": _listed(accesses),
         "has_hgmma": False,
+        "has_hmma": False,
     }
     return fields, listing
 

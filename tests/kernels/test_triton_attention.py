@@ -32,16 +32,18 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["
 FORWARD = {
     "whole_row": AttentionConfig(variant="whole_row", block_m=16, block_n=0, num_warps=1),
     "whole_row_in_turn": AttentionConfig(
-        variant="whole_row", block_m=16, block_n=0, num_warps=1, pairs=2, query_blocks=9
+        variant="whole_row", block_m=16, block_n=0, num_warps=1, pairs=2, blocks=9
     ),
     "online": AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1),
     "online_described": AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1, descriptors=True),
 }
 BACKWARD = {
-    "one_kernel": AttentionConfig(variant="one_kernel", block_m=16, block_n=32, num_warps=1),
-    "two_kernels": AttentionConfig(variant="two_kernels", block_m=16, block_n=32, num_warps=1),
+    "one_kernel": AttentionConfig(variant="one_kernel", block_m=32, block_n=16, num_warps=1),
+    "one_kernel_in_turn": AttentionConfig(variant="one_kernel", block_m=16, block_n=32, num_warps=1, blocks=3),
+    "one_block": AttentionConfig(variant="one_kernel", block_m=64, block_n=64, num_warps=1),
+    "two_kernels": AttentionConfig(variant="two_kernels", block_m=32, block_n=16, num_warps=1),
     "two_kernels_described": AttentionConfig(
-        variant="two_kernels", block_m=16, block_n=32, num_warps=1, descriptors=True
+        variant="two_kernels", block_m=32, block_n=16, num_warps=1, descriptors=True
     ),
 }
 LENGTHS = [(1, 1), (17, 17), (49, 49), (64, 64), (5, 40), (40, 5)]
@@ -99,7 +101,7 @@ def assert_matches(
 @DTYPES
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("variants", [("whole_row", "one_kernel"), ("whole_row_in_turn", "two_kernels"),
-                                      ("online", "one_kernel"),
+                                      ("online", "one_kernel_in_turn"), ("online", "one_block"),
                                       ("online_described", "two_kernels_described")], ids="-".join)  # fmt: skip
 def test_every_variant(variants: tuple[str, str], lengths: tuple[int, int], dtype: torch.dtype) -> None:
     assert_matches(*random_inputs(*lengths, 40, dtype), FORWARD[variants[0]], BACKWARD[variants[1]])
@@ -227,7 +229,12 @@ def test_heads_that_fill_the_chip_are_read_once() -> None:
         heuristic(Problem(backward=False, pairs=pairs, queries=256, keys=256, head_dim=64, element_bytes=2))
         for pairs in (16, 1024)
     )
-    assert (few.query_blocks, many.query_blocks) == (1, 2)
+    assert (few.blocks, many.blocks) == (1, 2)
+    few, many = (
+        heuristic(Problem(backward=True, pairs=pairs, queries=256, keys=256, head_dim=64, element_bytes=2))
+        for pairs in (16, 1024)
+    )
+    assert (few.blocks, many.blocks) == (1, 4)
     short = heuristic(Problem(backward=False, pairs=4096, queries=64, keys=64, head_dim=64, element_bytes=2))
     assert short.pairs == 4
 

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ BACKENDS = ("triton", *PYTORCH_VARIANTS)
 # The longest row of scores that stays on chip, and the largest head of which one program forms all gradients.
 _WHOLE_ROW_KEYS = 256
 _ONE_KERNEL_ELEMENTS = 16384
-# Programs of one multiprocessor that should remain where a program takes several heads in turn.
-_PROGRAMS_LEFT = 4
+# Programs of one multiprocessor that should be left where a program takes several blocks or heads in turn.
+_PROGRAMS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,10 @@ class Problem:
     keys: int
     head_dim: int
     element_bytes: int
-    describable: bool = True
-    """Whether tensor descriptors can stand for the inputs, and the chip reads by them."""
+    aligned: bool = True
+    """Whether heads and rows lie at multiples of 16 bytes, as descriptors and PyTorch's kernels want them."""
+    copy_engine: bool = True
+    """Whether the chip loads blocks by descriptors."""
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, *others: Tensor, backward: bool) -> Problem:
@@ -49,8 +52,13 @@ class Problem:
         return cls(
             backward=backward, pairs=batch * heads, queries=queries, keys=k.shape[1], head_dim=head_dim,
             element_bytes=q.element_size(),
-            describable=_tuning.has_copy_engine(q.device) and all(map(can_describe, (q, k, *others))),
+            aligned=all(map(can_describe, (q, k, *others))), copy_engine=_tuning.has_copy_engine(q.device),
         )  # fmt: skip
+
+    @property
+    def describable(self) -> bool:
+        """Whether tensor descriptors can stand for the inputs."""
+        return self.aligned and self.copy_engine
 
     @property
     def block_dim(self) -> int:
@@ -72,15 +80,15 @@ class AttentionConfig:
     variant: str
     """Forward "whole_row" or "online"; backward "one_kernel" or "two_kernels"; either way one of PYTORCH_VARIANTS."""
     block_m: int = 0
-    """Queries of a tile; if "two_kernels", the queries or keys whose gradients a program forms."""
+    """Forward queries of a tile; backward the queries, or keys, whose gradients a program forms at a time."""
     block_n: int = 0
-    """Keys of a tile, all of them if "whole_row"; if "two_kernels", the keys or queries that it goes through."""
+    """Forward keys of a tile, all of them if "whole_row"; backward the keys, or queries, that it goes through."""
     num_warps: int = 0
     num_stages: int = 1
     pairs: int = 1
     """Heads that a program takes in turn, if "whole_row"."""
-    query_blocks: int = 1
-    """Blocks of queries that a program takes in turn, if "whole_row"."""
+    blocks: int = 1
+    """Blocks of block_m that a program takes in turn, if "whole_row" or "one_kernel"."""
     descriptors: bool = False
     """Whether inner loops load by tensor descriptors, if "online" or "two_kernels"."""
 
@@ -93,9 +101,7 @@ def choose(problem: Problem, device: torch.device, backend: str | None = None) -
     """
     if backend in PYTORCH_VARIANTS:
         return AttentionConfig(variant=backend)
-    tuned = _tuning.look_up("attention", problem.key, device)
-    # The table's key says nothing of strides, nor of what was asked for.
-    if tuned and (tuned["variant"] not in PYTORCH_VARIANTS or (backend is None and pytorch_takes(problem))):
+    if tuned := _tuned(problem, device, backend):
         config = AttentionConfig(**tuned)
         return dataclasses.replace(config, descriptors=config.descriptors and problem.describable)
     config = heuristic(problem, _tuning.num_multiprocessors(device))
@@ -104,17 +110,33 @@ def choose(problem: Problem, device: torch.device, backend: str | None = None) -
     return config if _tuning.has_copy_engine(device) else for_small_registers(config)
 
 
+def explain_choice(problem: Problem, device: torch.device, backend: str | None) -> str:
+    """Say where `choose` has its config from."""
+    if backend in PYTORCH_VARIANTS:
+        return "asked for by `backend`"
+    found = "measured" if _tuned(problem, device, backend) else "not measured, by heuristic"
+    return f"{problem.key} of {device}: {found}"
+
+
+def _tuned(problem: Problem, device: torch.device, backend: str | None) -> dict[str, Any] | None:
+    """Return the table's entry, unless it does not fit strides or wishes, of which its keys say nothing."""
+    tuned = _tuning.look_up("attention", problem.key, device)
+    if tuned and tuned["variant"] in PYTORCH_VARIANTS and (backend is not None or not pytorch_takes(problem)):
+        return None
+    return tuned
+
+
 def pytorch_takes(problem: Problem) -> bool:
-    """Tell whether PyTorch's kernels take a problem as it lies: 16 bits, and strides as descriptors want them."""
-    return problem.element_bytes == 2 and problem.head_dim % 8 == 0 and problem.describable
+    """Tell whether PyTorch's kernels take a problem as it lies."""
+    return problem.element_bytes == 2 and problem.head_dim % 8 == 0 and problem.aligned
 
 
 def for_small_registers(config: AttentionConfig) -> AttentionConfig:
     """Return the heuristic's config for chips before sm_90, whose products take their operands from registers."""
     if config.variant == "whole_row" and config.block_n > 64:
         block = min(config.block_m, 32)
-        times = config.block_m // block if config.query_blocks > 1 else 1
-        return dataclasses.replace(config, block_m=block, query_blocks=times * config.query_blocks)
+        times = config.block_m // block if config.blocks > 1 else 1
+        return dataclasses.replace(config, block_m=block, blocks=times * config.blocks)
     if config.variant in ("one_kernel", "two_kernels"):
         large, small = max(config.block_m, config.block_n), min(config.block_m, config.block_n)
         return dataclasses.replace(config, block_m=large, block_n=min(small, 32))
@@ -124,17 +146,18 @@ def for_small_registers(config: AttentionConfig) -> AttentionConfig:
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> AttentionConfig:
     """Return the config to take unmeasured.
 
-    A head's K and V are read once by one program that walks all of its queries, where there are heads enough to fill
-    the chip; else each block of queries has its own.
+    What all blocks of a head read is read once by a program that takes them in turn, where there are heads enough to
+    fill the chip; else each block has a program of its own.
     """
-    return _backward(problem) if problem.backward else _forward(problem, num_multiprocessors)
+    choice = _backward if problem.backward else _forward
+    return choice(problem, _PROGRAMS * num_multiprocessors)
 
 
-def _forward(problem: Problem, num_multiprocessors: int) -> AttentionConfig:
+def _forward(problem: Problem, programs: int) -> AttentionConfig:
     width, keys = problem.block_dim, max(16, _tuning.power_of_two(problem.keys))
     if problem.element_bytes == 4:
-        wide = width > 128
-        return AttentionConfig(variant="online", block_m=32, block_n=16 if wide else 32, num_warps=8 if wide else 4)
+        block_n = 16 if width > 128 else 32
+        return AttentionConfig(variant="online", block_m=32, block_n=block_n, num_warps=8 if width > 64 else 4)
     if width > 128 or keys > _WHOLE_ROW_KEYS:
         block_m, block_n = (64, 32) if width > 128 else (128, 64)
         return AttentionConfig(
@@ -143,34 +166,54 @@ def _forward(problem: Problem, num_multiprocessors: int) -> AttentionConfig:
         )  # fmt: skip
     most = 128 if keys > 64 and width <= 64 else 64
     block = min(most, max(16, _tuning.power_of_two(problem.queries)))
-    full = problem.pairs >= num_multiprocessors
+    blocks = _in_turn(problem.pairs, math.ceil(problem.queries / block), programs)
+    # Short heads follow one another in a program where more than enough programs are left.
     pairs = 1
-    while full and keys <= 64 and pairs < 4 and problem.pairs >= 2 * pairs * _PROGRAMS_LEFT * num_multiprocessors:
+    while keys <= 64 and pairs < 4 and problem.pairs >= 4 * pairs * programs:
         pairs *= 2
     return AttentionConfig(
-        variant="whole_row", block_m=block, block_n=keys, num_warps=8 if keys > 64 else 4, pairs=pairs,
-        query_blocks=math.ceil(problem.queries / block) if full else 1,
+        variant="whole_row", block_m=block, block_n=keys, num_warps=8 if keys > 64 else 4, pairs=pairs, blocks=blocks
+    )
+
+
+def _backward(problem: Problem, programs: int) -> AttentionConfig:
+    width, longest = problem.block_dim, max(problem.queries, problem.keys)
+    if longest * problem.head_dim > _ONE_KERNEL_ELEMENTS:
+        return _two_kernels(problem)
+    if problem.element_bytes == 4:
+        block, other, num_warps = (32, 32, 4 if width <= 32 else 8) if width <= 64 else (16, 16, 8)
+    elif width > 64:
+        block, other, num_warps = 64, 32, 8
+    else:
+        block = other = min(64, max(16, _tuning.power_of_two(longest)))
+        num_warps = 8 if longest > 64 else 4
+    return AttentionConfig(
+        variant="one_kernel", block_m=block, block_n=other, num_warps=num_warps,
+        blocks=_in_turn(problem.pairs, math.ceil(longest / block), programs),
     )  # fmt: skip
 
 
-def _backward(problem: Problem) -> AttentionConfig:
-    width, longest = problem.block_dim, max(problem.queries, problem.keys)
-    one = longest * problem.head_dim <= _ONE_KERNEL_ELEMENTS
-    variant = "one_kernel" if one else "two_kernels"
+def _two_kernels(problem: Problem) -> AttentionConfig:
+    width = problem.block_dim
     if problem.element_bytes == 4:
         block = 32 if width <= 64 else 16
-        return AttentionConfig(variant=variant, block_m=block, block_n=block, num_warps=4 if width <= 32 else 8)
-    if width > 64 and one:
-        return AttentionConfig(variant=variant, block_m=32, block_n=64, num_warps=8)
+        num_warps = 4 if width <= 32 else 8
+        return AttentionConfig(variant="two_kernels", block_m=block, block_n=block, num_warps=num_warps)
     if width > 128:  # with descriptors the kernel over blocks of keys would spill
-        return AttentionConfig(variant=variant, block_m=64, block_n=32, num_warps=8, num_stages=2)
-    described = problem.describable and not one
-    if width > 64:
-        return AttentionConfig(variant=variant, block_m=64, block_n=64, num_warps=8, descriptors=described)
-    block = min(64, max(16, _tuning.power_of_two(longest)))
+        return AttentionConfig(variant="two_kernels", block_m=64, block_n=32, num_warps=8, num_stages=2)
     return AttentionConfig(
-        variant=variant, block_m=block, block_n=block, num_warps=8 if longest > 64 else 4, descriptors=described
+        variant="two_kernels", block_m=64, block_n=64, num_warps=8, descriptors=problem.describable
     )
+
+
+def _in_turn(pairs: int, blocks: int, programs: int) -> int:
+    """Return how many of a head's blocks one program takes, so that so many programs are left."""
+    return max(taken for taken in _turns(blocks) if taken == 1 or taken * programs <= pairs * blocks)
+
+
+def _turns(blocks: int) -> list[int]:
+    """Return how many of a head's blocks a program may take in turn: powers of two, or all."""
+    return [1 << power for power in range((blocks - 1).bit_length())] + [blocks]
 
 
 # Shared memory of a program on sm_90, and the values of tiles that a thread keeps in registers, by backward: the
@@ -204,12 +247,12 @@ def _forward_candidates(problem: Problem) -> Iterator[AttentionConfig]:
     if keys <= _WHOLE_ROW_KEYS and problem.block_dim <= 128:
         for block, num_warps in itertools.product(_blocks(problem.queries), (4, 8)):
             all_blocks = math.ceil(problem.queries / block)
-            for query_blocks, pairs in itertools.product(sorted({1, all_blocks}), (1, 2, 4, 8)):
+            for blocks, pairs in itertools.product(_turns(all_blocks), (1, 2, 4, 8)):
                 # A program that goes on to another head has been through the first one's queries.
-                if pairs == 1 or (query_blocks == all_blocks and problem.pairs >= pairs * _FEWEST_PROGRAMS):
+                if pairs == 1 or (blocks == all_blocks and problem.pairs >= pairs * _FEWEST_PROGRAMS):
                     yield AttentionConfig(
                         variant="whole_row", block_m=block, block_n=keys, num_warps=num_warps, pairs=pairs,
-                        query_blocks=query_blocks,
+                        blocks=blocks,
                     )  # fmt: skip
     tiles = itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))
     for block_m, block_n, num_warps, num_stages in tiles:
@@ -224,14 +267,15 @@ def _backward_candidates(problem: Problem) -> Iterator[AttentionConfig]:
     longest = max(problem.queries, problem.keys)
     # One program for a longer head than this keeps the others waiting.
     one = longest * problem.head_dim <= 4 * _ONE_KERNEL_ELEMENTS
-    for variant in ("one_kernel", "two_kernels") if one else ("two_kernels",):
-        blocks = _blocks(longest)
-        for block_m, block_n, num_warps, num_stages in itertools.product(blocks, blocks, (4, 8), (1, 2)):
-            for descriptors in _descriptors(problem) if variant == "two_kernels" else (False,):
-                yield AttentionConfig(
-                    variant=variant, block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages,
-                    descriptors=descriptors,
-                )  # fmt: skip
+    lengths = _blocks(longest)
+    for block_m, block_n, num_warps, num_stages in itertools.product(lengths, lengths, (4, 8), (1, 2)):
+        tile: dict[str, Any] = {
+            "block_m": block_m, "block_n": block_n, "num_warps": num_warps, "num_stages": num_stages,
+        }  # fmt: skip
+        for blocks in _turns(math.ceil(longest / block_m)) if one else ():
+            yield AttentionConfig(variant="one_kernel", blocks=blocks, **tile)
+        for descriptors in _descriptors(problem):
+            yield AttentionConfig(variant="two_kernels", descriptors=descriptors, **tile)
 
 
 def _descriptors(problem: Problem) -> tuple[bool, ...]:

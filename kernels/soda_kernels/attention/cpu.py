@@ -18,7 +18,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
         return reference.forward(q, k, v, scale)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     o, lse = flash(*map(_heads_first, (q, k, v)), scale=scale)
-    return o.transpose(1, 2).contiguous(), lse
+    o = o.transpose(1, 2).contiguous()
+    # No view in autograd's eyes, which lets nobody write to one that a Function returns.
+    return torch.ops.aten._unsafe_view.default(o, o.shape), lse
 
 
 def backward(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soda_kernels._library import define
 from soda_kernels.attention import cpu, reference, sdpa
-from soda_kernels.attention.config import PYTORCH_VARIANTS, Problem, choose
+from soda_kernels.attention.config import PYTORCH_VARIANTS, Problem, choose, explain_choice
 
 
 def _contiguous(like: Tensor) -> Tensor:
@@ -65,15 +65,20 @@ def _span(x: Tensor) -> int:
     return x.shape[1] * max(x.stride(1), 4 * x.shape[2] * x.shape[3]) + x.shape[3] * x.stride(3)
 
 
-def _refuse(backend: str | None, reason: str) -> None:
-    """Raise if a backend was asked for that `reason` keeps from running."""
-    if backend is not None:
+def _use_reference(backend: str | None, *tensors: Tensor) -> str | None:
+    """Say why the reference has to take a call with these [B, T, H, D], q first, or None if a kernel can.
+
+    Raises:
+        ValueError: a backend was asked for that cannot take it.
+    """
+    reason = sdpa.unsupported(*tensors) if backend in PYTORCH_VARIANTS else _unsupported(*tensors)
+    if reason and backend is not None:
         raise ValueError(f"backend is {backend!r}, which cannot run: {reason}")
+    return reason
 
 
 def _gpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str | None) -> tuple[Tensor, Tensor]:
-    if reason := _unsupported(q, k, v):
-        _refuse(backend, reason)
+    if _use_reference(backend, q, k, v):
         return reference.forward(q, k, v, scale)
     config = choose(Problem.of(q, k, v, backward=False), q.device, backend)
     if config.variant in PYTORCH_VARIANTS:
@@ -85,8 +90,7 @@ def _gpu_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str | N
 
 def _gpu_backward(*args: Any) -> Any:
     do, q, k, v, o, lse, scale, backend = args
-    if reason := _unsupported(q, k, v, do):
-        _refuse(backend, reason)
+    if _use_reference(backend, q, k, v, do):
         return reference.backward(do, q, k, v, o, lse, scale)
     config = choose(Problem.of(q, k, v, do, backward=True), q.device, backend)
     if config.variant in PYTORCH_VARIANTS:
@@ -99,8 +103,7 @@ def _gpu_backward(*args: Any) -> Any:
 def _gpu_backward_qkvpacked(*args: Any) -> Any:
     do, qkv, o, lse, scale, backend = args
     q, k, v = qkv.unbind(2)
-    if reason := _unsupported(q, k, v, do):
-        _refuse(backend, reason)
+    if _use_reference(backend, q, k, v, do):
         return reference.backward_qkvpacked(do, qkv, o, lse, scale)
     config = choose(Problem.of(q, k, v, do, backward=True), q.device, backend)
     if config.variant in PYTORCH_VARIANTS:
@@ -117,12 +120,11 @@ def _describe(
         if cpu.is_empty(q):
             return "reference", {}, "nothing to compute"
         return "torch", {}, "PyTorch's flash attention for CPUs"
-    if reason := _unsupported(q, k, *others):
-        _refuse(backend, reason)
+    if reason := _use_reference(backend, q, k, *others):
         return "reference", {}, reason
     problem = Problem.of(q, k, *others, backward=backward)
     config = choose(problem, q.device, backend)
-    reason = f"{problem.key} of {q.device}" if backend is None else "asked for by `backend`"
+    reason = explain_choice(problem, q.device, backend)
     if config.variant in PYTORCH_VARIANTS:
         return "torch", {"variant": config.variant}, reason
     return "triton", dataclasses.asdict(config), reason

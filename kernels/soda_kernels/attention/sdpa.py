@@ -14,6 +14,20 @@ from torch import Tensor
 _OPS = {"flash": "_scaled_dot_product_flash_attention", "cudnn": "_scaled_dot_product_cudnn_attention"}
 
 
+def unsupported(*tensors: Tensor) -> str | None:
+    """Say why PyTorch's kernels cannot take a call with these [B, T, H, D], or None if they may."""
+    q = tensors[0]
+    if q.numel() == 0:
+        return "nothing to compute"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bf16 and fp16, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] % 8:
+        return f"it takes head dims in multiples of 8, not {q.shape[-1]}"
+    if any(x.stride(-1) != 1 for x in tensors):
+        return "it takes heads whose numbers lie together"
+    return None
+
+
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, variant: str) -> tuple[Tensor, Tensor]:
     """Run the op `attention` with "cudnn" or "flash"."""
     arguments: dict[str, Any] = {"scale": scale}

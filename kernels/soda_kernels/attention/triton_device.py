@@ -77,8 +77,8 @@ def scores(q, k, scale, first_key, keys, BLOCK_N: tl.constexpr, PRECISION: tl.co
 @triton.jit
 def score_gradient(
     q, k, v, do, lse, delta, scale, first_key, keys, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return P = exp(S - lse) and dS = P (dO V^T - delta).
+):  # fmt: skip
+    """Return P = exp(S - lse) and dS = P (dO V^T - delta), [queries, keys].
 
     S is rounded as in the forward, and the logarithm's base changed after the difference, which is small where P is
     not: in fp32, roundings before it would be twice the error of a softmax.
@@ -87,3 +87,32 @@ def score_gradient(
     p = tl.exp2((s - lse[:, None]) * LOG2_E)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     return p, p * (dp - delta[:, None])
+
+
+@triton.jit
+def score_gradient_of_keys(
+    q, k, v, do, lse, delta, scale, first_query, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, ALL_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Return P and dS as `score_gradient`, [keys, queries] and in the inputs' dtype, for the keys' gradients.
+
+    A row is a key: with 64 of them the products are those of a warp group, and none is transposed. Of heads over 128
+    wide that would spill, and they are formed as rows of queries. Keys that do not exist get values, which nobody
+    stores. With ALL_KEYS here delta is formed from P: the sum of o do has the rounding of o, which shows where a row of
+    P is nearly one-hot.
+    """
+    # Beyond the queries lse is infinite; there 0 times an infinite key would be NaN.
+    exists = first_query + tl.arange(0, BLOCK_M) < queries
+    if BLOCK_D > 128:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        p = tl.where(exists[:, None], tl.exp2((s - lse[:, None]) * LOG2_E), 0.0)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        return tl.trans(p.to(do.dtype)), tl.trans(ds.to(q.dtype))
+    else:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        p = tl.where(exists[None, :], tl.exp2((s - lse[None, :]) * LOG2_E), 0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if ALL_KEYS:
+            p = tl.where((tl.arange(0, BLOCK_N) < keys)[:, None], p, 0.0)
+            delta = tl.sum(p * dp, axis=0)
+        return p.to(do.dtype), (p * (dp - delta[None, :])).to(q.dtype)

@@ -31,18 +31,20 @@ def plan_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, config: Atten
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
     blocks = math.ceil(queries / config.block_m)
     whole = config.variant == "whole_row"
+    if whole and config.block_n < problem.keys:
+        raise ValueError(f"block_n is {config.block_n}; of a whole row it must be at least the {problem.keys} keys")
     described = config.descriptors and _are_aligned(q, k, v)
     launch = Launch(
         kernel=_attention_fwd_whole_row_kernel if whole else _attention_fwd_online_kernel,
-        grid=(math.ceil(problem.pairs / config.pairs), math.ceil(blocks / config.query_blocks)),
+        grid=(math.ceil(problem.pairs / config.pairs), math.ceil(blocks / config.blocks)),
         arguments={
             "q_ptr": q, "k_ptr": k, "v_ptr": v, "o_ptr": o, "lse_ptr": lse, **_strides(q=q, k=k, v=v),
             **_dense_strides(o=o), "heads": heads, "num_pairs": problem.pairs, "queries": queries,
             "keys": problem.keys, "scale": scale,
         },
         constants={
-            **_constants(problem, config, (q, k, v, o)),
-            **({"PAIRS": config.pairs, "QUERY_BLOCKS": config.query_blocks} if whole else {"DESCRIBED": described}),
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **_constants(problem, (q, k, v, o)),
+            **({"PAIRS": config.pairs, "QUERY_BLOCKS": config.blocks} if whole else {"DESCRIBED": described}),
         },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -86,7 +88,8 @@ def _plan_backward(
     }  # fmt: skip
     with_queries = {**inputs, **lengths, "o_ptr": o, **_dense_strides(o=o), "dq_ptr": dq, **_dense_strides(dq=dq)}
     with_keys = {**inputs, **lengths, "dk_ptr": dk, "dv_ptr": dv, **_dense_strides(dk=dk)}
-    constants = _constants(problem, config, (do, q, k, v, o, dq, dk, dv))
+    own, other = config.block_m, config.block_n
+    constants = {"OWN": own, "OTHER": other, **_constants(problem, (do, q, k, v, o, dq, dk, dv))}
 
     def launch(
         kernel: Any, blocks: tuple[int, ...], arguments: dict[str, Any],
@@ -98,12 +101,15 @@ def _plan_backward(
         )  # fmt: skip
 
     if config.variant == "one_kernel":
-        one_block = problem.queries <= config.block_m and problem.keys <= config.block_n
-        single = launch(_attention_bwd_head_kernel, (), {**with_queries, **with_keys}, ONE_BLOCK=one_block)
+        blocks = math.ceil(max(problem.queries, problem.keys) / own)
+        single = launch(
+            _attention_bwd_head_kernel, (math.ceil(blocks / config.blocks),), {**with_queries, **with_keys},
+            BLOCKS=config.blocks,
+            ONE_BLOCK=problem.queries <= other and problem.keys <= own and problem.block_dim <= 128,
+        )  # fmt: skip
         return Plan(launches=(single,), outputs=outputs, config=config)
     delta = {"delta_ptr": torch.empty_like(lse)}
     described = config.descriptors and _are_aligned(q, k, v, do)
-    own, other = config.block_m, config.block_n
     launches = (
         launch(
             _attention_bwd_queries_kernel, (math.ceil(problem.queries / own),), {**with_queries, **delta},
@@ -112,16 +118,15 @@ def _plan_backward(
         launch(
             _attention_bwd_keys_kernel, (math.ceil(problem.keys / own),), {**with_keys, **delta},
             _descriptors(problem, q_ptr=other, do_ptr=other) if described else {}, DESCRIBED=described,
-            BLOCK_M=other, BLOCK_N=own,
         ),
     )  # fmt: skip
     return Plan(launches=launches, outputs=outputs, config=config)
 
 
-def _constants(problem: Problem, config: AttentionConfig, tensors: Sequence[Tensor]) -> dict[str, Any]:
+def _constants(problem: Problem, tensors: Sequence[Tensor]) -> dict[str, Any]:
     return {
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": problem.block_dim,
-        "HEAD_DIM": problem.head_dim, "VECTOR": _vector(tensors), "PRECISION": _precision(),
+        "BLOCK_D": problem.block_dim, "HEAD_DIM": problem.head_dim, "VECTOR": _vector(tensors),
+        "PRECISION": _precision(),
     }  # fmt: skip
 
 
