@@ -90,7 +90,8 @@ class Explanation:
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Tell what a call would run, its launch config, and why, without computing anything.
 
-    The call is traced over fake tensors, so its arguments are checked as in a real one.
+    The call is traced over fake tensors, so its arguments are checked as in a real one. Of a function that
+    calls `torch.autograd.grad` the backward's ops are told too (`backward()` would leave fake gradients behind).
 
     Args:
         function: a function or module that calls this package, with the arguments of the call.
@@ -102,7 +103,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         What `function` raises for wrong arguments.
     """
     recorder = _Recorder()
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
         fake_args, fake_kwargs = tree_map_only(torch.Tensor, fake_mode.from_tensor, (args, kwargs))
         with recorder:
             function(*fake_args, **fake_kwargs)

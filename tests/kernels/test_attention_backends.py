@@ -81,38 +81,69 @@ def test_the_values_of_pytorchs_flash_attention() -> None:
         torch.testing.assert_close(gradient, other)
 
 
+def explained(q: Tensor, backend: str | None = None) -> list[Any]:
+    """What runs the forward and the backward of self-attention."""
+
+    def run() -> None:
+        o = attention(q, q, q, backend=backend)
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
+        torch.ops.soda_kernels.attention_backward(o, q, q, q, o, lse, 0.1, backend)
+
+    return list(explain(run).choices)
+
+
+def test_explain_tells_of_the_backward_of_what_is_differentiated() -> None:
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    choices = explain(lambda: torch.autograd.grad(attention(q, q, q).sum(), q)).choices
+    assert [(choice.op, choice.backend) for choice in choices] == [
+        ("attention", "torch"), ("attention_backward", "torch"),
+    ]  # fmt: skip
+
+
 def test_explain_tells_who_runs_and_an_argument_overrides_the_table() -> None:
+    with FakeTensorMode():
+        q = torch.empty(16, 1024, 4, 64, dtype=torch.bfloat16, device="cuda")
+    guessed = explained(q)
     table = {LONG.key: vars(AttentionConfig(variant="cudnn"))}
-
-    def look_up(family: str, key: str, device: torch.device) -> Any:
-        return table.get(key)
-
-    def call(**options: Any) -> Any:
-        with FakeTensorMode():
-            q, k, v = (torch.empty(16, 1024, 4, 64, dtype=torch.bfloat16, device="cuda") for _ in range(3))
-        with patch("torch._subclasses.fake_tensor.FakeTensorMode.from_tensor", lambda self, x: x):
-            return explain(attention, q, k, v, **options).choices[0]
-
-    with (
-        patch("soda_kernels._tuning.look_up", look_up),
-        patch("soda_kernels._tuning.has_copy_engine", lambda device: True),
-        patch("soda_kernels._tuning.num_multiprocessors", lambda device: 132),
-    ):
-        measured, own, flash = call(), call(backend="triton"), call(backend="flash")
-    assert (measured.backend, measured.config) == ("torch", {"variant": "cudnn"})
-    assert (own.backend, own.config["variant"]) == ("triton", "online")
-    assert (flash.backend, flash.config) == ("torch", {"variant": "flash"})
-    assert "asked for" in flash.reason and LONG.key in measured.reason
+    with patch("soda_kernels._tuning.look_up", lambda family, key, device: table.get(key)):
+        measured, own, flash = explained(q), explained(q, "triton"), explained(q, "flash")
+    assert [(choice.op, choice.backend, choice.config["variant"]) for choice in measured] == [
+        ("attention", "torch", "cudnn"), ("attention_backward", "triton", "two_kernels"),
+    ]  # fmt: skip
+    assert [choice.config["variant"] for choice in own] == ["online", "two_kernels"]
+    assert [choice.config["variant"] for choice in flash] == ["flash", "flash"]
+    assert measured[0].reason == f"{LONG.key} of cuda:0: measured"
+    assert guessed[0].reason == own[0].reason == f"{LONG.key} of cuda:0: not measured, by heuristic"
+    assert flash[0].reason == "asked for by `backend`"
 
 
 def test_a_table_is_kept_from_what_it_did_not_measure() -> None:
     """Its keys say nothing of strides, and PyTorch's kernels want them in multiples of 16 bytes."""
-    measured = vars(AttentionConfig(variant="flash"))
-    with patch("soda_kernels._tuning.look_up", return_value=measured):
-        assert choose(LONG, torch.device("cpu")).variant == "flash"
-        assert choose(replace(LONG, describable=False), torch.device("cpu")).variant == "online"
-        assert choose(LONG, torch.device("cpu"), "triton").variant == "online"
-    assert choose(LONG, torch.device("cpu")).variant == "online"  # nothing was measured
+    here = torch.device("cpu")
+    with patch("soda_kernels._tuning.look_up", return_value=vars(AttentionConfig(variant="flash"))):
+        assert choose(LONG, here).variant == "flash"
+        assert choose(replace(LONG, copy_engine=False), here).variant == "flash"
+        assert choose(replace(LONG, aligned=False), here).variant == "online"
+        assert choose(LONG, here, "triton").variant == "online"
+    assert choose(LONG, here).variant == "online"  # nothing was measured
+
+
+@VARIANTS
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.float(), "it takes bf16 and fp16, not float32"),
+        (lambda q: q.double(), "it takes bf16 and fp16, not float64"),
+        (lambda q: q.narrow(-1, 0, 20), "it takes head dims in multiples of 8, not 20"),
+        (lambda q: q.transpose(1, 3), "it takes heads whose numbers lie together"),
+    ],
+    ids=["fp32", "fp64", "20 wide", "D outermost"],
+)
+def test_what_pytorchs_kernels_do_not_take_is_said(variant: str, change: Any, message: str) -> None:
+    with FakeTensorMode():
+        q = change(torch.empty(2, 64, 4, 64, dtype=torch.bfloat16, device="cuda"))
+    with pytest.raises(ValueError, match=f"backend is '{variant}', which cannot run: {message}"):
+        explain(lambda: attention(q, q, q, backend=variant))
 
 
 def test_a_backend_that_cannot_be_had_is_refused_in_one_line() -> None:

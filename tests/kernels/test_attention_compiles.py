@@ -103,7 +103,7 @@ def test_sm_100() -> None:
 )
 def test_other_architectures(arch: str, fitted: Any, head_dim: int) -> None:
     def choose(problem: Problem, *_: Any) -> AttentionConfig:
-        return fitted(heuristic(replace(problem, describable=False)))
+        return fitted(heuristic(replace(problem, copy_engine=False)))
 
     with patch("soda_kernels.attention.triton_impl.choose", choose):
         plans = [plan for length in LENGTHS for plan in packed_plans(length, head_dim, torch.bfloat16)]

@@ -7,6 +7,7 @@ not products: fp16 and fp32 are run there, and bf16 is compiled (test_attention_
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -163,10 +164,11 @@ def test_what_descriptors_can_stand_for(change: Callable[[Tensor], Tensor], desc
     assert can_describe(x) == describable
     suffix = "_described" if describable else ""
     assert_matches(x, k, v, do, FORWARD[f"online{suffix}"], BACKWARD[f"two_kernels{suffix}"])
-    problem = Problem.of(x, x, backward=False)
+    problem = replace(Problem.of(x, x, backward=False), copy_engine=True)
     tuned = AttentionConfig(variant="online", block_m=16, block_n=32, num_warps=1, descriptors=True)
     with patch("soda_kernels._tuning.look_up", return_value=vars(tuned)):
         assert choose(problem, x.device).descriptors == describable
+        assert not choose(replace(problem, copy_engine=False), x.device).descriptors
 
 
 @pytest.mark.parametrize("variant", BACKWARD)
@@ -179,6 +181,17 @@ def test_a_packed_gradient_is_the_three_gradients(variant: str) -> None:
     (dqkv,) = plan_backward_qkvpacked(do, qkv, o, lse, 0.2, config=BACKWARD[variant]).run()
     separate = backward(do, *qkv.unbind(2), o, lse, 0.2, BACKWARD[variant]).run()
     assert dqkv.is_contiguous() and torch.equal(dqkv, torch.stack(separate, 2))
+
+
+def test_an_infinite_key_with_no_weight_spoils_no_other() -> None:
+    """Beyond the last query a block holds zeros, whose product with it is NaN."""
+    q, k, v, do = random_inputs(17, 5, 8, torch.float32)
+    q[..., 0], k[:, 2, :, 0] = q[..., 0].abs() + 0.1, float("-inf")
+    for variant in BACKWARD:
+        o, lse = forward(q, k, v, 0.2, FORWARD["online"]).run()
+        _, dk, dv = backward(do, q, k, v, o, lse, 0.2, BACKWARD[variant]).run()
+        others = [0, 1, 3, 4]
+        assert dk[:, others].isfinite().all() and dv.isfinite().all()
 
 
 @DTYPES
