@@ -66,7 +66,7 @@ def test_the_error_is_at_most_twice_plain_maths(dtype: torch.dtype, length: int,
 
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_the_error_where_a_row_of_scores_is_nearly_one_hot(head_dim: int) -> None:
-    """There dP and delta nearly cancel. Where one block holds a head delta is formed from P, else from the rounded o."""
+    """There dP and delta nearly cancel. Where one block holds a head delta is formed from P, else from a rounded o."""
     q, k, v, do = random_inputs(64, head_dim, torch.float16)
     assert_near(6 * q, 6 * k, 6 * v, do, head_dim**-0.5)
 
