@@ -69,7 +69,7 @@ def images(count: int, shape: tuple[int, ...], layout: str, dtype: torch.dtype) 
 
 
 def full_plans(shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, wavefronts: bool = False) -> list[Any]:
-    """Both directions with everything that can be fused: residual, two modulations, dropout."""
+    """Both directions with everything that can be fused: a scaled residual sum, two modulations, dropout."""
     from soda_kernels.group_norm.triton_impl import plan_backward, plan_forward
 
     x, residual, dy, dsummed = images(4, shape, layout, dtype)
@@ -78,8 +78,8 @@ def full_plans(shape: tuple[int, ...], layout: str, dtype: torch.dtype, *, wavef
     mean, rstd = (torch.empty(shape[0], 32, device="meta") for _ in range(2))
     seed = torch.empty((), dtype=torch.int64, device="meta")
     parameters = (weight, bias, modulations)
-    forward = (x, None, residual, *parameters, 32, 1.0, 1e-5, True, 0.1, seed)
-    backward = (dy, dsummed, x, None, *parameters, mean, rstd, 1.0, True, 0.1, seed)
+    forward = (x, None, residual, *parameters, 32, 1.0, 1e-5, True, 0.1, seed, 2**-0.5)
+    backward = (dy, dsummed, x, None, *parameters, mean, rstd, 1.0, True, 0.1, seed, 2**-0.5)
     plans = [plan_forward(*forward), plan_backward(*backward)]
     if not wavefronts:
         return plans

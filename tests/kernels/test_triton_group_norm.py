@@ -272,13 +272,13 @@ def plans(variant: str, layout: str, form: Form, shape: tuple[int, ...], num_gro
     def config(backward: bool) -> GroupNormConfig:
         return forced(Shape.of(x, skip, num_groups, backward=backward, dropout=form.dropout_p > 0), variant)
 
-    arguments = (x, skip, residual, *parameters, num_groups, ending[0], 1e-5, *ending[1:])
+    arguments = (x, skip, residual, *parameters, num_groups, ending[0], 1e-5, *ending[1:], form.residual_scale)
     forward = plan_forward(*arguments, config=config(False))
     yield forward, arguments
     y, summed, mean, rstd = reference.forward(*arguments)
     dsummed = None if residual is None else torch.randn_like(summed)
     normalized = x if residual is None else summed
-    arguments = (torch.randn_like(y), dsummed, normalized, skip, *parameters, mean, rstd, *ending)
+    arguments = (torch.randn_like(y), dsummed, normalized, skip, *parameters, mean, rstd, *ending, form.residual_scale)
     yield plan_backward(*arguments, config=config(True)), arguments
 
 
