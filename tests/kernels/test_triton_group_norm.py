@@ -149,7 +149,7 @@ def test_groups_of_one_value(interpreted: None) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", [(2, 32, 16, 16), (3, 12, 20, 20)], ids=lambda shape: "x".join(map(str, shape)))
 def test_the_heuristics_own_choice(interpreted: None, shape: tuple[int, ...], layout: str) -> None:
-    # Without a factor, with which the seed is another draw: the interpreter adds one number after the other, so that over
+    # With no factor, which makes the seed another draw: the interpreter adds one number after the other, so that over
     # 12 seeds gradients of weight and bias were off by 2.2 to 2.5 times the composition's error, with it and without.
     form = replace(FORMS[6], residual_scale=1.0)
     assert_matches(problem(shape, 4, layout, form, torch.float32, device=DEVICE), assert_accurate_in_norm)

@@ -1,7 +1,7 @@
 """Residual sums that are left to the group norm that reads them next.
 
-Of the 41 sums in a forward of the `cifar10` preset with factor 1, norms form 23; with the preset's own 1/sqrt(2), none.
-On two EPYC cores, where convolutions take nearly all of a training step, this saved less than the noise of 1%.
+Of the 41 sums and 32 factors in a forward of the `cifar10` preset norms take 23 each, and of the 50 sums and 32 factors
+in its backward 22 and 23.
 """
 
 from __future__ import annotations
