@@ -1,7 +1,8 @@
 """Residual sums that are left to the group norm that reads them next.
 
 Of the 41 sums and 32 factors in a forward of the `cifar10` preset norms take 23 each, and of the 50 sums and 32 factors
-in its backward 22 and 23.
+in its backward 22 and 23. On one EPYC core, where convolutions take nearly all of a step, forward and backward of
+`cifar10-small` then took 1.4% less processor time with 32 images, and 0.2% less, which is noise, with 128.
 """
 
 from __future__ import annotations
