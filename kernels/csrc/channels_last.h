@@ -197,7 +197,9 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
         const Part<const T> plain = part(static_cast<const T*>(norm.x), 0);
         const Part<const T> residual = part(static_cast<const T*>(norm.residual), 0);
         const Part<T> summed = part(static_cast<T*>(norm.summed), 0);
-        for (int64_t r = from; r < to; ++r) add_run(plain.row(r), residual.row(r), summed.row(r), width);
+        for (int64_t r = from; r < to; ++r) {
+          add_run(plain.row(r), residual.row(r), norm.residual_scale, summed.row(r), width);
+        }
       }
       merge_block(image, from, to, coefficients, moments);
     });
@@ -316,14 +318,16 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   }
 
   const double elements = static_cast<double>(channels * norm.space);
+  const float outer = norm.residual_scale;
   for (int64_t group = first_group; group < last_group; ++group) {
     const double rstd = norm.rstd[sample * norm.groups + group];
     const int64_t begin = group * channels - first, end = begin + channels;
     const double dshift = sum_over(begin, end, [&](int64_t c) { return scale[c] * plain_total[c]; });
     const double dscale = sum_over(begin, end, [&](int64_t c) { return scale[c] * weighted_total[c]; }) * rstd;
     for (int64_t c = begin; c < end; ++c) {
-      constant[c] = static_cast<float>(-dshift / elements * rstd);
-      slope[c] = static_cast<float>(-dscale / elements * rstd * rstd);
+      coefficients.scale[c] *= outer;
+      constant[c] = static_cast<float>(-dshift / elements * rstd * outer);
+      slope[c] = static_cast<float>(-dscale / elements * rstd * rstd * outer);
       plain[c] = static_cast<float>(plain_total[c]);
       weighted[c] = static_cast<float>(weighted_total[c] * rstd);
     }
@@ -339,7 +343,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
       for (int r = 0; r < step.count; ++r) {
         const Floats centered = load_lanes<step.whole>(image.row(row + r) + c, n) - mean;
         Floats value = load_lanes<step.whole>(dp + (row + r) * width + at + c, n) * a + (centered * k + offset);
-        if (adds) value += load_lanes<step.whole>(dsummed.row(row + r) + c, n);
+        if (adds) value += load_lanes<step.whole>(dsummed.row(row + r) + c, n) * outer;
         put<step.whole>(dx[which].row(row + r) + c, value, n, past_caches);
       }
     });

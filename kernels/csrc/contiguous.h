@@ -74,7 +74,7 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
         if (adds) {
           const int64_t at = (sample * all + c) * space + first;
           add_run(static_cast<const T*>(norm.x) + at, static_cast<const T*>(norm.residual) + at,
-                  static_cast<T*>(norm.summed) + at, length);
+                  norm.residual_scale, static_cast<T*>(norm.summed) + at, length);
         }
         merge_run(from + first, length, &moments);
       });
@@ -178,10 +178,11 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
       sum_dscale += scale[c - first_channel] * weighted * rstd;
     }
     const double elements = static_cast<double>(channels * space);
-    const float constant = static_cast<float>(-sum_dshift / elements * rstd);
-    const float slope = static_cast<float>(-sum_dscale / elements * rstd * rstd);
+    const float outer = norm.residual_scale;
+    const float constant = static_cast<float>(-sum_dshift / elements * rstd * outer);
+    const float slope = static_cast<float>(-sum_dscale / elements * rstd * rstd * outer);
     for (int64_t c = begin; c < end; ++c) {
-      const float a = scale[c - first_channel] * rstd;
+      const float a = scale[c - first_channel] * rstd * outer;
       const T* const from = x.at(sample, c);
       const float* const gradient = dp + (c - begin) * space;
       T* const to = dx.at(sample, c);
@@ -192,7 +193,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
         for (int k = 0; k < step.count; ++k) value[k] = value[k] * a + ((centered[k] - mean) * slope + constant);
         if (dsummed) {
           load_step<with_dropout>(step, dsummed + c * space + i, n, direct);
-          for (int k = 0; k < step.count; ++k) value[k] += direct[k];
+          for (int k = 0; k < step.count; ++k) value[k] += direct[k] * outer;
         }
         if (past_caches) stream_step<with_dropout>(step, to + i, n, value);
         else store_step<with_dropout>(step, to + i, n, value);

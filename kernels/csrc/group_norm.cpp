@@ -134,14 +134,15 @@ void run(void (*units)(const Pass&, int64_t, int64_t), const Pass& norm) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& x, const MaybeTensor& skip, const MaybeTensor& residual, const MaybeTensor& weight,
     const MaybeTensor& bias, const std::vector<Tensor>& modulations, int64_t num_groups, double scale_offset, double eps,
-    bool silu, double dropout_p, const MaybeTensor& seed) {
+    bool silu, double dropout_p, const MaybeTensor& seed, double residual_scale) {
   STD_TORCH_CHECK(!(skip && residual), "residual came with skip; give one or the other");
+  STD_TORCH_CHECK(residual || residual_scale == 1.0, "residual_scale is ", residual_scale, " without a residual");
   Forward norm;
   Arguments arguments;
   arguments.images(norm, x, skip, num_groups);
   arguments.parameters(norm, weight, bias, modulations, scale_offset);
   arguments.dropout(norm, dropout_p, seed);
-  norm.silu = silu, norm.eps = eps;
+  norm.silu = silu, norm.eps = eps, norm.residual_scale = static_cast<float>(residual_scale);
 
   Tensor y = empty_image(x, norm.all_channels(), arguments.channels_last());
   Tensor summed = residual ? empty_image(x, norm.channels[0], arguments.channels_last()) : empty({0}, torch_dtype(x));
@@ -162,14 +163,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     const Tensor& dy, const MaybeTensor& dsummed, const Tensor& x, const MaybeTensor& skip, const MaybeTensor& weight,
     const MaybeTensor& bias, const std::vector<Tensor>& modulations, const Tensor& mean, const Tensor& rstd,
-    double scale_offset, bool silu, double dropout_p, const MaybeTensor& seed) {
+    double scale_offset, bool silu, double dropout_p, const MaybeTensor& seed, double residual_scale) {
   STD_TORCH_CHECK(!(skip && dsummed), "dsummed came with skip; give one or the other");
+  STD_TORCH_CHECK(!skip || residual_scale == 1.0, "residual_scale is ", residual_scale, " with skip, which has no sum");
   Backward norm;
   Arguments arguments;
   arguments.images(norm, x, skip, rstd.dim() == 2 ? rstd.size(1) : 0);
   arguments.parameters(norm, weight, bias, modulations, scale_offset);
   arguments.dropout(norm, dropout_p, seed);
-  norm.silu = silu;
+  norm.silu = silu, norm.residual_scale = static_cast<float>(residual_scale);
   norm.dy = arguments.image("dy", dy, x, norm.all_channels());
   if (dsummed) norm.dsummed = arguments.image("dsummed", *dsummed, x, norm.channels[0]);
   norm.mean = arguments.statistics("mean", mean, norm);

@@ -33,7 +33,7 @@ struct GroupNorm {
   int64_t unit_groups = 0;
   Parameter weight, bias, modulations[4];  // scale, shift, scale, shift
   int num_modulations = 0;                 // pairs
-  float scale_offset = 0.0f;
+  float scale_offset = 0.0f, residual_scale = 1.0f;
   Dropout dropout;
 
   [[gnu::always_inline]] int64_t all_channels() const { return channels[0] + channels[1]; }
@@ -41,7 +41,8 @@ struct GroupNorm {
   [[gnu::always_inline]] int64_t units_of_sample() const { return (groups + unit_groups - 1) / unit_groups; }
 };
 
-// Images are of `dtype` and all in one layout, contiguous or channels_last; statistics are [N, groups].
+// Images are of `dtype` and all in one layout, contiguous or channels_last; statistics are [N, groups]. With a residual
+// y is that of summed = (x + residual) * residual_scale.
 struct Forward : GroupNorm {
   const void *x = nullptr, *skip = nullptr, *residual = nullptr;
   void *y = nullptr, *summed = nullptr;
@@ -49,6 +50,7 @@ struct Forward : GroupNorm {
   double eps = 0.0;
 };
 
+// x is what was normalized, and dx residual_scale times the gradient that reaches it: from dy, and dsummed.
 struct Backward : GroupNorm {
   const void *dy = nullptr, *dsummed = nullptr, *x = nullptr, *skip = nullptr;
   const float *mean = nullptr, *rstd = nullptr;

@@ -153,12 +153,13 @@ inline void for_vectors(int64_t length, F f) {
   if (i < length) f(Step<1, false>{}, i, length - i);
 }
 
-// summed = x + residual, rounded to the dtype.
+// summed = (x + residual) * scale, rounded to the dtype.
 template <class T>
-inline void add_run(const T* x, const T* residual, T* summed, int64_t length) {
+inline void add_run(const T* x, const T* residual, float scale, T* summed, int64_t length) {
   for_vectors(length, [&](auto step, int64_t i, int64_t n) {
     for (int k = 0; k < step.count; ++k, i += lanes) {
-      store_lanes<step.whole>(summed + i, load_lanes<step.whole>(x + i, n) + load_lanes<step.whole>(residual + i, n), n);
+      const Floats sum = load_lanes<step.whole>(x + i, n) + load_lanes<step.whole>(residual + i, n);
+      store_lanes<step.whole>(summed + i, sum * scale, n);
     }
   });
 }

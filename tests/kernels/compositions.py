@@ -24,11 +24,12 @@ def modulated_group_norm(
     eps: float = 1e-5,
     activation: str | None = "silu",
     residual: Tensor | None = None,
+    residual_scale: float = 1.0,
     dropout_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, the normalized tensor's input); dropout multiplies by `dropout_factor`."""
     x = torch.cat(x, dim=1) if isinstance(x, tuple) else x
-    x = x if residual is None else x + residual
+    x = x if residual is None else (x + residual) * residual_scale
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     batch, channels = x.shape[:2]
     group = wide.reshape(batch, num_groups, channels // num_groups * x.shape[2:].numel())

@@ -22,6 +22,7 @@ class Form:
     modulations: int = 0
     activation: str | None = "silu"
     residual: bool = False
+    residual_scale: float = 1.0
     pair: bool = False
     dropout_p: float = 0.0
     scale_offset: float = 1.0
@@ -29,7 +30,8 @@ class Form:
     def __str__(self) -> str:
         return "-".join(
             ["affine" if self.affine else "plain", f"{self.modulations}mod", self.activation or "linear"]
-            + ["residual"] * self.residual + ["pair"] * self.pair + ["dropout"] * (self.dropout_p > 0)
+            + ["residual"] * self.residual + ["scaled"] * (self.residual_scale != 1.0) + ["pair"] * self.pair
+            + ["dropout"] * (self.dropout_p > 0)
         )  # fmt: skip
 
 
@@ -40,7 +42,7 @@ FORMS = [
     Form(modulations=2),
     Form(modulations=2, affine=False, dropout_p=0.3),
     Form(modulations=1, residual=True),
-    Form(modulations=2, residual=True, dropout_p=0.5),
+    Form(modulations=2, residual=True, residual_scale=2**-0.5, dropout_p=0.5),
     Form(modulations=2, pair=True, dropout_p=0.1),
 ]
 SHAPES = [
@@ -77,6 +79,7 @@ class Problem:
         return x, {
             "weight": leaves.get("weight"), "bias": leaves.get("bias"), "modulations": modulations,
             "scale_offset": form.scale_offset, "activation": form.activation, "residual": leaves.get("residual"),
+            "residual_scale": form.residual_scale,
         }  # fmt: skip
 
     def fused(self) -> tuple[Tensor, ...]:

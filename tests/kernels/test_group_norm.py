@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soda_kernels import ModulatedGroupNorm, modulated_group_norm, use_backend
 from tests.kernels import compositions
@@ -172,6 +173,95 @@ def test_residual_in_another_layout_than_x() -> None:
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert summed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(summed, x + residual)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("scale", [2**-0.5, -3.0, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_scaled_sum_is_torchs_in_fp32_rounded_to_the_dtype(
+    dtype: torch.dtype, scale: float, layout: str, backend: str
+) -> None:
+    x, residual = (torch.randn(2, 8, 9, 5).to(dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    wide = torch.promote_types(dtype, torch.float32)
+    with use_backend(backend):
+        y, summed = modulated_group_norm(x, 4, residual=residual, residual_scale=scale)
+        assert torch.equal(summed, ((x.to(wide) + residual.to(wide)) * scale).to(dtype))
+        assert torch.equal(y, modulated_group_norm(summed, 4))
+        assert y.stride() == summed.stride() == x.stride()
+
+
+class Unread(torch.autograd.Function):
+    """Pass tensors on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return tuple(None for _ in gradients)
+
+
+@pytest.mark.parametrize("read", [(0,), (1,), (0, 1), ()], ids=["y", "sum", "both", "none"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("form", [FORMS[5], FORMS[6]], ids=str)
+def test_gradients_where_an_output_is_not_read(form: Form, layout: str, read: tuple[int, ...]) -> None:
+    case = problem((3, 12, 5, 3), 4, layout, form)
+    for other in ("nchw", "nhwc"):  # of the gradient
+        weights = [torch.randn(3, 12, 5, 3).double().contiguous(memory_format=LAYOUTS[other]) for _ in range(2)]
+        found = []
+        for outputs in (case.fused(), case.composed()):
+            for leaf in case.leaves.values():
+                leaf.grad = None
+            loss = sum((outputs[i] * weights[i]).sum() for i in read)
+            if not read:  # its gradient is not there, rather than zero
+                loss = sum(output.sum() for output in Unread.apply(*outputs))
+            loss.backward()
+            found.append({name: leaf.grad for name, leaf in case.leaves.items()})
+        for name, leaf in case.leaves.items():
+            actual, expected = (gradients[name] for gradients in found)
+            assert actual is not None and actual.stride() == leaf.stride()
+            assert_exact(actual, torch.zeros_like(leaf) if expected is None else expected, name)
+
+
+def test_gradients_of_what_is_not_read_are_not_computed() -> None:
+    """Neither zeros of an image's size for the sum, nor the norm's backward for the sum alone."""
+    called: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append((func._schema.name, args))
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.randn(8, requires_grad=True)
+    for read in range(2):
+        x, residual = (torch.randn(2, 8, 5, 3, requires_grad=True) for _ in range(2))
+        output, gradient = modulated_group_norm(x, 4, weight, residual=residual)[read], torch.ones(2, 8, 5, 3)
+        called.clear()
+        with Recorder():
+            torch.autograd.grad(output, (x, residual, weight), gradient)
+        norms = [args for name, args in called if name == "soda_kernels::modulated_group_norm_backward"]
+        if read == 0:
+            assert [args[1] for args in norms] == [None]
+        else:
+            assert norms == []
+            assert [args[0].shape for name, args in called if "zero" in name] == [weight.shape]
+
+
+def test_compiled_gradients_where_an_output_is_not_read() -> None:
+    torch._dynamo.reset()
+    for read in range(2):
+
+        def loss(x: Tensor, residual: Tensor, weight: Tensor, read: int = read) -> Tensor:
+            return modulated_group_norm(x, 4, weight, residual=residual, residual_scale=0.7)[read].square().sum()
+
+        leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 8, 5, 3), (2, 8, 5, 3), (8,))]
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        actual, expected = (torch.autograd.grad(each(*leaves), leaves, allow_unused=True) for each in (compiled, loss))
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 5, 3), (2, 32, 16, 16), (3, 8, 65), (3, 8, 3, 4, 5)], ids=str)
@@ -334,8 +424,8 @@ def test_module_drops_in_training_mode_only() -> None:
     assert int((module(x, (scale, shift), seed=0) == 0).sum()) > 10
     expected = modulated_group_norm(x, 4, module.weight, module.bias, [(scale, shift)])
     assert torch.equal(module.eval()(x, (scale, shift)), expected)
-    y, summed = module(x, (scale, shift), residual=x)
-    assert torch.equal(summed, 2 * x)
+    y, summed = module(x, (scale, shift), residual=x, residual_scale=1.5)
+    assert torch.equal(summed, 3 * x)
 
 
 def test_module_prints_copies_pickles_and_lives_on_meta() -> None:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from soda_kernels import _native, modulated_group_norm
 from tests.kernels.norm_problems import FORMS, LAYOUTS, SHAPES, Form, Problem, problem
-from tests.numerics import assert_accurate
+from tests.numerics import assert_accurate, assert_accurate_in_norm
 
 _native.load()
 # Not in silence where it could be built: tests/packaging/test_native_build.py fails there.
@@ -78,7 +78,9 @@ def results(case: Problem) -> list[tuple[str, Tensor, Tensor, Tensor]]:
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), DTYPES, ids=named)
 def test_every_form(isa: str, dtype: torch.dtype, parameter_dtype: torch.dtype, layout: str, form: Form) -> None:
     for name, actual, composed, exact in results(problem((3, 24, 9, 7), 4, layout, form, dtype, parameter_dtype)):
-        assert_accurate(actual, composed, exact, name)
+        # Of 24 values the largest error is a draw: over 200 seeds 0.85 times the composition's in the mean, and 4 times
+        # more than twice.
+        (assert_accurate_in_norm if actual.ndim == 1 else assert_accurate)(actual, composed, exact, name)
 
 
 @pytest.mark.parametrize("form", [FORMS[3], FORMS[6], FORMS[7]], ids=str)
@@ -106,14 +108,16 @@ def call(case: Problem, op: Any, seed: Tensor | None = None) -> list[Tensor]:
     weight, bias, skip, residual = (leaves.get(name) for name in ("weight", "bias", "skip", "residual"))
     options = form.scale_offset, form.activation == "silu", form.dropout_p, seed
     outputs = op.modulated_group_norm(
-        leaves["x"], skip, residual, weight, bias, modulations, case.num_groups, options[0], 1e-5, *options[1:]
-    )
+        leaves["x"], skip, residual, weight, bias, modulations, case.num_groups, options[0], 1e-5, *options[1:],
+        form.residual_scale,
+    )  # fmt: skip
     y, summed, mean, rstd = outputs
     torch.manual_seed(3)
     dy, dsummed = torch.randn_like(y), torch.randn_like(summed) if form.residual else None
     gradients = op.modulated_group_norm_backward(
-        dy, dsummed, summed if form.residual else leaves["x"], skip, weight, bias, modulations, mean, rstd, *options
-    )
+        dy, dsummed, summed if form.residual else leaves["x"], skip, weight, bias, modulations, mean, rstd, *options,
+        form.residual_scale,
+    )  # fmt: skip
     return tree_leaves((outputs, gradients))
 
 
@@ -370,7 +374,7 @@ def test_opcheck(layout: str, form: Form) -> None:
     leaves = {name: leaf.detach() for name, leaf in case.leaves.items()}
     modulations = [leaves[f"{name}{i}"] for i in range(form.modulations) for name in ("scale", "shift")]
     parts = leaves.get("skip"), leaves.get("residual"), leaves["weight"], leaves["bias"], modulations
-    arguments = (leaves["x"], *parts, 2, 1.0, 1e-5, True, 0.5, torch.tensor(1))
+    arguments = (leaves["x"], *parts, 2, 1.0, 1e-5, True, 0.5, torch.tensor(1), form.residual_scale)
     torch.library.opcheck(NATIVE.modulated_group_norm.default, arguments)
 
 
@@ -395,6 +399,12 @@ def test_the_op_itself_refuses_what_would_be_read_out_of_bounds(arguments: tuple
         NATIVE.modulated_group_norm(*arguments, 1.0, 1e-5, True, 0.0, None)
     with pytest.raises(RuntimeError, match="seed"):
         NATIVE.modulated_group_norm(X, None, None, None, None, [], 2, 1.0, 1e-5, True, 0.5, torch.arange(3))
+    with pytest.raises(RuntimeError, match="residual_scale is 0.5 without a residual"):
+        NATIVE.modulated_group_norm(X, None, None, None, None, [], 2, 1.0, 1e-5, True, 0.0, None, 0.5)
+    with pytest.raises(RuntimeError, match="residual_scale is 0.5 with skip"):
+        NATIVE.modulated_group_norm_backward(
+            X, None, X[:, :4], X[:, 4:], None, None, [], ROW[:, :2], ROW[:, :2], 1.0, True, 0.0, None, 0.5
+        )
     with pytest.raises(RuntimeError, match="rstd"):
         NATIVE.modulated_group_norm_backward(
             X, None, X, None, None, None, [], ROW[:, :2], ROW[:1, :2], 1.0, True, 0.0, None

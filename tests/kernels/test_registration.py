@@ -48,6 +48,7 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
         "modulated_group_norm": [
             ("pair", (x, skip, None, weight, weight, modulations, 4, 1.0, 1e-5, True, 0.0, None)),
             ("residual", (x, None, torch.randn(3, 8, 4, 3), None, None, plain, 4, 0.0, 1e-5, False, 0.5, seed)),
+            ("scaled", (bf16, None, bf16.flip(0), None, None, [], 4, 1.0, 1e-5, True, 0.0, None, 0.7)),
             ("bf16", (bf16, None, None, torch.randn(8), None, [], 4, 1.0, 1e-5, True, 0.5, seeds)),
             ("sliced", (sliced, None, None, None, torch.randn(8), [], 4, 1.0, 1e-5, True, 0.0, None)),
         ],
@@ -55,6 +56,7 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
             ("pair", (torch.randn(3, 12, 4, 3), None, x, skip, weight, weight, modulations, *statistics, 1.0, True, 0.0,
                       None)),
             ("residual", (x, torch.randn(3, 8, 4, 3), x, None, None, None, plain, *statistics, 0.0, False, 0.5, seed)),
+            ("scaled", (bf16, bf16, bf16.flip(0), None, None, None, [], *statistics, 1.0, True, 0.0, None, 0.7)),
             ("bf16", (bf16, None, bf16, None, torch.randn(8), None, [], *statistics, 1.0, True, 0.5, seeds)),
             ("sliced", (sliced, None, sliced, None, None, torch.randn(8), [], *statistics, 1.0, True, 0.0, None)),
         ],
@@ -132,7 +134,7 @@ def test_meta_tensors_get_true_shapes_dtypes_and_strides(name: str, case: str) -
 def norm(x: Tensor) -> Tensor:
     scale = x.mean((2, 3))
     y = sk.modulated_group_norm(x, 4, modulations=[(scale, scale + 1)], dropout_p=0.25, seed=3)
-    y, summed = sk.modulated_group_norm(y, 2, residual=x)
+    y, summed = sk.modulated_group_norm(y, 2, residual=x, residual_scale=0.7)
     return sk.modulated_group_norm((y, summed), 4, activation=None)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from soda_kernels import _checks
 from soda_kernels._autograd import first_derivative_only, is_differentiated
 from soda_kernels._backend import current_ops, runs_native
+from soda_kernels._checks import image_memory_format
 from soda_kernels.group_norm import ops as _ops  # noqa: F401  registers the ops
-from soda_kernels.group_norm.checks import check_numbers, check_tensors, flatten_modulations
+from soda_kernels.group_norm.checks import check_numbers, check_residual_scale, check_tensors, flatten_modulations
 
 
 def modulated_group_norm(
@@ -26,6 +27,7 @@ def modulated_group_norm(
     eps: float = 1e-5,
     activation: str | None = "silu",
     residual: Tensor | None = None,
+    residual_scale: float = 1.0,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,17 +46,19 @@ def modulated_group_norm(
         scale_offset: added to every scale in fp32, so that a zero scale is the identity.
         eps: added to the variance.
         activation: "silu" or None.
-        residual: like x; y is then computed from x + residual.
+        residual: like x; y is then computed from the sum (x + residual) * residual_scale, and the sum returned too.
+        residual_scale: factor on the sum. In fp32 and fp64 the sum is PyTorch's (x + residual) * residual_scale bit for
+            bit; in 16 bits it is that of fp32, rounded once, where PyTorch would round x + residual too.
         dropout_p: in [0, 1), rounded to a multiple of 1/65536 below 1. The mask is regenerated in the backward, never
             stored.
         seed: needed with dropout: an int or 0-d tensor, with which sample n's mask depends on (seed, n, element), or an
             [N] tensor, with which it depends on (seed[n], element), wherever the sample lies in the batch.
 
     Returns:
-        y, with x's dtype and layout; or (y, x + residual).
+        y, with x's dtype and layout; or (y, the sum).
 
     Raises:
-        TypeError, ValueError: an argument's type, shape, dtype or device is not as above.
+        TypeError, ValueError: an argument's type, shape, dtype or device is not as above, or a factor has no residual.
         RuntimeError: a second derivative is asked for.
 
     Reference:
@@ -63,6 +67,7 @@ def modulated_group_norm(
     x, skip = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
     flat = flatten_modulations(modulations)
     check_numbers(scale_offset, eps, dropout_p)
+    check_residual_scale(residual_scale, residual)
     _checks.check_choice("activation", activation, ("silu", None))
     # The native library looks at its tensors itself, and is let: of a small image's 20 us the checks here took 7.
     unchecked = type(num_groups) is int and dropout_p == 0.0 and runs_native(x, skip, residual, weight, bias, *flat)
@@ -75,8 +80,9 @@ def modulated_group_norm(
         key = _checks.int64_scalar_or_vector("seed", seed, x.shape[0], x.device)
     try:
         y, summed = _run(
-            x, skip, residual, weight, bias, flat, num_groups, scale_offset, eps, activation == "silu", dropout_p, key
-        )
+            x, skip, residual, weight, bias, flat, num_groups, scale_offset, eps, activation == "silu", dropout_p, key,
+            residual_scale,
+        )  # fmt: skip
     except RuntimeError as error:
         if not unchecked:
             raise
@@ -102,31 +108,42 @@ class _ModulatedGroupNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, skip: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
         num_groups: int, scale_offset: float, eps: float, silu: bool, dropout_p: float, seed: Tensor | None,
-        *modulations: Tensor,
+        residual_scale: float, *modulations: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ops = current_ops()
         y, summed, mean, rstd = ops.modulated_group_norm.default(
-            x, skip, residual, weight, bias, modulations, num_groups, scale_offset, eps, silu, dropout_p, seed
-        )
+            x, skip, residual, weight, bias, modulations, num_groups, scale_offset, eps, silu, dropout_p, seed,
+            residual_scale,
+        )  # fmt: skip
         normalized = x if residual is None else summed
         ctx.save_for_backward(normalized, skip, weight, bias, mean, rstd, seed, *modulations)
         ctx.ops, ctx.has_residual = ops, residual is not None
-        ctx.scale_offset, ctx.silu, ctx.dropout_p = scale_offset, silu, dropout_p
+        ctx.scale_offset, ctx.silu, ctx.dropout_p, ctx.residual_scale = scale_offset, silu, dropout_p, residual_scale
         if residual is None:
             ctx.mark_non_differentiable(summed)
+        # The gradient of what nobody read is None: no zeros of an image's size are written and read.
+        ctx.set_materialize_grads(False)
         return y, summed
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, dy: Tensor, dsummed: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dsummed: Tensor | None) -> tuple[Any, ...]:
         x, skip, weight, bias, mean, rstd, seed, *modulations = ctx.saved_tensors
-        dx, dskip, dweight, dbias, dmodulations = ctx.ops.modulated_group_norm_backward.default(
-            dy, dsummed if ctx.has_residual else None, x, skip, weight, bias, modulations, mean, rstd,
-            ctx.scale_offset, ctx.silu, ctx.dropout_p, seed,
-        )  # fmt: skip
+        if dy is None:  # nothing depends on y: the sum's gradient passes on, and the others are zero
+            dx = torch.zeros_like(x) if dsummed is None else dsummed.contiguous(memory_format=image_memory_format(x))
+            if ctx.residual_scale != 1.0:
+                dx = dx * ctx.residual_scale
+            dskip, dweight, dbias, *dmodulations = (
+                None if tensor is None else torch.zeros_like(tensor) for tensor in (skip, weight, bias, *modulations)
+            )
+        else:
+            dx, dskip, dweight, dbias, dmodulations = ctx.ops.modulated_group_norm_backward.default(
+                dy, dsummed if ctx.has_residual else None, x, skip, weight, bias, modulations, mean, rstd,
+                ctx.scale_offset, ctx.silu, ctx.dropout_p, seed, ctx.residual_scale,
+            )  # fmt: skip
         return (
             dx, None if skip is None else dskip, dx if ctx.has_residual else None, None if weight is None else dweight,
-            None if bias is None else dbias, None, None, None, None, None, None, *dmodulations,
+            None if bias is None else dbias, None, None, None, None, None, None, None, *dmodulations,
         )  # fmt: skip
 
 
@@ -161,13 +178,15 @@ class ModulatedGroupNorm(nn.GroupNorm):
         x: Tensor | tuple[Tensor, Tensor],
         *modulations: tuple[Tensor, Tensor],
         residual: Tensor | None = None,
+        residual_scale: float = 1.0,
         seed: int | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Apply `modulated_group_norm` with this module's parameters."""
         dropout_p = self.dropout_p if self.training else 0.0
         return modulated_group_norm(
             x, self.num_groups, self.weight, self.bias, modulations, scale_offset=self.scale_offset, eps=self.eps,
-            activation=self.activation, residual=residual, dropout_p=dropout_p, seed=seed,
+            activation=self.activation, residual=residual, residual_scale=residual_scale, dropout_p=dropout_p,
+            seed=seed,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

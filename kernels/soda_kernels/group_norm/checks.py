@@ -22,6 +22,13 @@ def check_numbers(scale_offset: float, eps: float, dropout_p: float) -> None:
     _checks.check_probability("dropout_p", dropout_p)
 
 
+def check_residual_scale(residual_scale: float, residual: object) -> None:
+    """Require a finite factor, and something for it to scale."""
+    _checks.check_number("residual_scale", residual_scale)
+    if residual is None and residual_scale != 1.0:
+        raise ValueError(f"residual_scale is {residual_scale} and residual None; without a residual it must be 1")
+
+
 def flatten_modulations(modulations: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Turn up to two pairs into a list of scale, shift, scale, shift, as the op takes them."""
     if not isinstance(modulations, (tuple, list)):

@@ -92,19 +92,20 @@ def _describe(
 
 
 def _describe_forward(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
-    x, skip, _, weight, bias, modulations, num_groups, _, _, _, dropout_p, _ = args
+    x, skip, _, weight, bias, modulations, num_groups, _, _, _, dropout_p, *_ = args
     return _describe(device_type, x, skip, weight, bias, modulations, num_groups, dropout_p, backward=False)
 
 
 def _describe_backward(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
-    _, _, x, skip, weight, bias, modulations, _, rstd, _, _, dropout_p, _ = args
+    _, _, x, skip, weight, bias, modulations, _, rstd, _, _, dropout_p, *_ = args
     return _describe(device_type, x, skip, weight, bias, modulations, rstd.shape[1], dropout_p, backward=True)
 
 
 define(
     "modulated_group_norm",
     "(Tensor x, Tensor? skip, Tensor? residual, Tensor? weight, Tensor? bias, Tensor[] modulations, int num_groups, "
-    "float scale_offset, float eps, bool silu, float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scale_offset, float eps, bool silu, float dropout_p, Tensor? seed, float residual_scale=1.0) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.forward,
     fake=_fake_forward,
     gpu=_gpu_forward,
@@ -113,8 +114,8 @@ define(
 define(
     "modulated_group_norm_backward",
     "(Tensor dy, Tensor? dsummed, Tensor x, Tensor? skip, Tensor? weight, Tensor? bias, Tensor[] modulations, "
-    "Tensor mean, Tensor rstd, float scale_offset, bool silu, float dropout_p, Tensor? seed) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    "Tensor mean, Tensor rstd, float scale_offset, bool silu, float dropout_p, Tensor? seed, "
+    "float residual_scale=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     reference=reference.backward,
     fake=_fake_backward,
     gpu=_gpu_backward,

@@ -10,6 +10,9 @@ a closed form on (N, C), and with M elements a group, c1 = sum_g S dH / M and c2
 
     dx = rstd * (S * dp - c1 - x_hat * c2)
 
+With a residual, x stands for the sum (x + residual) * residual_scale, and the gradient of either part is residual_scale
+times the sum's: dx and what arrives at the sum itself.
+
 Sums and statistics are in fp32, or in fp64 for fp64 inputs. No step copies the layout.
 """
 
@@ -35,10 +38,11 @@ def forward(
     silu: bool,
     dropout_p: float,
     seed: Tensor | None,
+    residual_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (y, x + residual or an empty tensor, mean, rstd); mean and rstd are (N, num_groups)."""
+    """Return (y, the sum or an empty tensor, mean, rstd); mean and rstd are (N, num_groups)."""
     layout = image_memory_format(x)
-    summed = x + residual if residual is not None else x.new_empty(0)
+    summed = _scaled_sum(x, residual, residual_scale) if residual is not None else x.new_empty(0)
     x = summed if residual is not None else x if skip is None else torch.cat((x, skip), dim=1)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Not in one pass: torch.native_group_norm forms E[x^2] - E[x]^2 of channels_last inputs on a CPU.
@@ -75,10 +79,11 @@ def backward(
     silu: bool,
     dropout_p: float,
     seed: Tensor | None,
+    residual_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Return (dx, dskip, dweight, dbias, the modulations' gradients); an absent argument's gradient is empty.
 
-    `x` is the normalized tensor: x + residual where there was a residual, whose gradient is then dx too.
+    `x` is the normalized tensor: the sum where there was a residual, whose gradient is then dx too.
     """
     layout, channels = image_memory_format(x), x.shape[1]
     full = x if skip is None else torch.cat((x, skip), dim=1)
@@ -100,10 +105,12 @@ def backward(
     num_groups = rstd.shape[1]
     elements = max(1, full[:1].numel() // num_groups)
     c1, c2 = (_group_sum(scale * sums, num_groups) / elements for sums in (dshift, dscale))
-    dx = torch.addcmul(_per_channel(_spread(-c1 * rstd, full), full), dp, _per_channel(scale * rstd_c, full))
-    dx = dx.addcmul_(centered, _per_channel(_spread(-c2 * rstd.square(), full), full))
+    gain = rstd * residual_scale
+    gain_c, constant, slope = (_spread(each, full) for each in (gain, -c1 * gain, -c2 * (rstd * gain)))
+    dx = torch.addcmul(_per_channel(constant, full), dp, _per_channel(scale * gain_c, full))
+    dx = dx.addcmul_(centered, _per_channel(slope, full))
     if dsummed is not None:
-        dx = dx.add_(dsummed)
+        dx = dx.add_(dsummed, alpha=residual_scale)
     dx = dx.to(x.dtype)
     dx, dskip = (dx, dx.new_empty(0)) if skip is None else (dx[:, :channels], dx[:, channels:])
     if skip is not None:
@@ -120,6 +127,12 @@ def backward(
     dweight = dscale.sum(0).to(weight.dtype) if weight is not None else dx.new_empty(0)
     dbias = dshift.sum(0).to(bias.dtype) if bias is not None else dx.new_empty(0)
     return dx.contiguous(memory_format=layout), dskip, dweight, dbias, dmodulations
+
+
+def _scaled_sum(x: Tensor, residual: Tensor, scale: float) -> Tensor:
+    """Return (x + residual) * scale in x's dtype, from arithmetic in fp32, or in fp64 for fp64."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)) + residual
+    return wide.mul_(scale).to(x.dtype)
 
 
 def _affine(

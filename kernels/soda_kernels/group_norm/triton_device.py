@@ -53,15 +53,31 @@ def tile(
 
 
 @triton.jit
-def load_sum(
-    source_ptr, residual_ptr, summed_ptr, sample, row, channel, spatial, channels, mask,
+def load(
+    pointer, sample, row, channel, spatial, channels, mask,
     ROWS: tl.constexpr, SLAB: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return a tile of x in fp32, or of x + residual rounded to x's dtype and stored if `summed_ptr` is given."""
+    """Return a tile of an image in fp32, 0 outside the mask."""
+    pointers = tile(pointer, sample, row, channel, spatial, channels, ROWS, SLAB, CHANNELS_LAST, WIDE)
+    return tl.load(pointers, mask, 0.0).to(tl.float32)
+
+
+@triton.jit
+def scaled(values, residual_scale):
+    """Return what belongs to the sum x + residual times its factor, which is None where it is 1."""
+    return values if residual_scale is None else values * residual_scale
+
+
+@triton.jit
+def load_sum(
+    source_ptr, residual_ptr, residual_scale, summed_ptr, sample, row, channel, spatial, channels, mask,
+    ROWS: tl.constexpr, SLAB: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of x in fp32, or of the sum rounded to x's dtype and stored if `summed_ptr` is given."""
     x = tl.load(tile(source_ptr, sample, row, channel, spatial, channels, ROWS, SLAB, CHANNELS_LAST, WIDE), mask, 0.0)
     if residual_ptr is not None:
         other = tile(residual_ptr, sample, row, channel, spatial, channels, ROWS, SLAB, CHANNELS_LAST, WIDE)
-        x = (x.to(tl.float32) + tl.load(other, mask, 0.0).to(tl.float32)).to(x.dtype)
+        x = scaled(x.to(tl.float32) + tl.load(other, mask, 0.0).to(tl.float32), residual_scale).to(x.dtype)
     if summed_ptr is not None:
         tl.store(tile(summed_ptr, sample, row, channel, spatial, channels, ROWS, SLAB, CHANNELS_LAST, WIDE), x, mask)
     return x.to(tl.float32)
@@ -75,13 +91,9 @@ def load_gradient(
     SILU: tl.constexpr, DROPOUT: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Return a tile of x - mean and of dp, the gradient before the activation; both are 0 outside the mask."""
-    x = load_sum(
-        source_ptr, None, None, sample, row, part_channel, spatial, part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE
-    )
+    x = load(source_ptr, sample, row, part_channel, spatial, part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE)
     x = tl.where(mask, x - mean[None, :], 0.0)
-    dp = load_sum(
-        dy_ptr, None, None, sample, row, channel, spatial, channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE
-    )
+    dp = load(dy_ptr, sample, row, channel, spatial, channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE)
     if DROPOUT:
         keep = keep_mask(seed_ptr, sample, row, channel, spatial, threshold, ROWS, SLAB, SEED_PER_SAMPLE, EIGHTS)
         dp *= tl.where(keep, keep_scale, 0.0)
@@ -90,15 +102,14 @@ def load_gradient(
 
 @triton.jit
 def store_input_gradient(
-    target_ptr, dsummed_ptr, x, dp, scale, c1, c2, sample, row, channel, spatial, channels, mask,
+    target_ptr, dsummed_ptr, residual_scale, x, dp, scale, c1, c2, sample, row, channel, spatial, channels, mask,
     ROWS: tl.constexpr, SLAB: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of dx = scale * dp - c1 - (x - mean) * c2, plus the gradient that arrives at x + residual."""
+    """Store a tile of dx = scale * dp - c1 - (x - mean) * c2 plus the sum's own gradient, times the sum's factor."""
     dx = scale[None, :] * dp - c1[None, :] - x * c2[None, :]
     if dsummed_ptr is not None:
-        dx += load_sum(
-            dsummed_ptr, None, None, sample, row, channel, spatial, channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE
-        )
+        dx += load(dsummed_ptr, sample, row, channel, spatial, channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE)
+    dx = scaled(dx, residual_scale)  # not the coefficients, which a program would hold twice
     target = tile(target_ptr, sample, row, channel, spatial, channels, ROWS, SLAB, CHANNELS_LAST, WIDE)
     tl.store(target, dx.to(target_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 

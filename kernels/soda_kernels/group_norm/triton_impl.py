@@ -28,7 +28,7 @@ _FOLD_CHUNKS, _FOLD_ELEMENTS = 16, 16384
 def plan_forward(
     x: Tensor, skip: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     modulations: list[Tensor], num_groups: int, scale_offset: float, eps: float, silu: bool, dropout_p: float,
-    seed: Tensor | None, *, config: GroupNormConfig | None = None,
+    seed: Tensor | None, residual_scale: float = 1.0, *, config: GroupNormConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `modulated_group_norm`, whose arguments these are; x must not be empty."""
     layout = image_memory_format(x)
@@ -42,15 +42,18 @@ def plan_forward(
     dropout, dropout_constants = _dropout(problem, config, dropout_p, seed)
     image = _image_arguments(problem, config, x, skip)
     constants = _tile_constants(problem, config)
-    summed_ptr = None if residual is None else summed
+    sums = {
+        "residual_ptr": residual, "summed_ptr": None if residual is None else summed,
+        "residual_scale": _factor(residual_scale),
+    }  # fmt: skip
     finish = {"SILU": silu, **dropout_constants}
     if config.variant != "split":
         launch = Launch(
             kernel=resident._modulated_group_norm_fwd_resident_kernel,
             grid=(config.num_programs(problem),),
             arguments={
-                **image, **parameters, **dropout, "residual_ptr": residual, "y_ptr": y, "summed_ptr": summed_ptr,
-                "mean_ptr": mean, "rstd_ptr": rstd, "num_samples": len(x), "eps": eps,
+                **image, **parameters, **dropout, **sums, "y_ptr": y, "mean_ptr": mean, "rstd_ptr": rstd,
+                "num_samples": len(x), "eps": eps,
             },
             constants={**constants, **_group_constants(problem, config), **_walk_constants(config), **finish},
             num_warps=config.num_warps,
@@ -61,15 +64,13 @@ def plan_forward(
     partials = x.new_empty((len(x), chunks["num_chunks"], 2, problem.all_channels), dtype=torch.float32)
     coefficients = x.new_empty((len(x), 2, problem.all_channels), dtype=torch.float32)
     grid = (config.num_programs(problem),)
-    # The sum x + residual is written once, and read by the last pass.
+    # The sum is written once, and read by the last pass.
     apply_source = image if residual is None else {**image, "x_ptr": summed}
     launches = (
         Launch(
             kernel=split._modulated_group_norm_fwd_statistics_kernel,
             grid=grid,
-            arguments={
-                **image, **chunks, "residual_ptr": residual, "summed_ptr": summed_ptr, "partials_ptr": partials
-            },
+            arguments={**image, **chunks, **sums, "partials_ptr": partials},
             constants={**constants, "TILES": config.tiles},
             num_warps=config.num_warps,
         ),
@@ -101,7 +102,7 @@ def plan_forward(
 def plan_backward(
     dy: Tensor, dsummed: Tensor | None, x: Tensor, skip: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     modulations: list[Tensor], mean: Tensor, rstd: Tensor, scale_offset: float, silu: bool, dropout_p: float,
-    seed: Tensor | None, *, config: GroupNormConfig | None = None,
+    seed: Tensor | None, residual_scale: float = 1.0, *, config: GroupNormConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `modulated_group_norm_backward`, whose arguments these are; x must not be empty."""
     layout = image_memory_format(x)
@@ -122,7 +123,10 @@ def plan_backward(
     gradients = dict(zip(names, (*dmodulations, *absent), strict=True))
     dropout, dropout_constants = _dropout(problem, config, dropout_p, seed)
     image = {**_image_arguments(problem, config, x, skip), "dy_ptr": dy}
-    targets = {"dx_ptr": dx, "dskip_ptr": None if skip is None else dskip, "dsummed_ptr": dsummed}
+    targets = {
+        "dx_ptr": dx, "dskip_ptr": None if skip is None else dskip, "dsummed_ptr": dsummed,
+        "residual_scale": _factor(residual_scale),
+    }  # fmt: skip
     constants = _tile_constants(problem, config)
     finish = {"SILU": silu, **dropout_constants}
     statistics = {"mean_ptr": mean, "rstd_ptr": rstd}
@@ -240,6 +244,11 @@ def _parameters(
             arguments[f"{name}_ptr"] = tensor
             arguments[f"{name}_stride"] = 0 if tensor is None else tensor.stride(0)
     return arguments
+
+
+def _factor(residual_scale: float) -> float | None:
+    """Return the factor on the sum as a kernel takes it: with none at all where it is 1, it is not compiled in."""
+    return None if residual_scale == 1.0 else float(residual_scale)
 
 
 def _dropout(

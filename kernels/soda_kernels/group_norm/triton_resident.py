@@ -19,6 +19,7 @@ def _modulated_group_norm_fwd_resident_kernel(
     y_ptr, summed_ptr, mean_ptr, rstd_ptr,
     num_samples, spatial, channels, skip_channels, num_slabs, slabs_of_x,
     scale1_stride, shift1_stride, scale2_stride, shift2_stride, scale_offset, eps, threshold, keep_scale,
+    residual_scale,
     GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, HELD: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr, EIGHTS: tl.constexpr,
@@ -50,13 +51,14 @@ def _modulated_group_norm_fwd_resident_kernel(
         pivot_g = tl.load(source_ptr + anchor, mask=group < GROUPS, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             pivot_g += tl.load(residual_ptr + anchor, mask=group < GROUPS, other=0.0).to(tl.float32)
+            pivot_g = device.scaled(pivot_g, residual_scale)
         pivot = device.spread(pivot_g, GROUP_CHANNELS, GROUPS_PADDED, SLAB)
 
         if HELD:
             mask = (row < spatial)[:, None] & owned[None, :]
             x = device.load_sum(
-                source_ptr, residual_ptr, summed_ptr, wide_sample, 0, part_channel, spatial, part_channels, mask,
-                ROWS, SLAB, CHANNELS_LAST, WIDE,
+                source_ptr, residual_ptr, residual_scale, summed_ptr, wide_sample, 0, part_channel, spatial,
+                part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
             )  # fmt: skip
             x = tl.where(mask, x - pivot[None, :], 0.0)
             sums = device.group_sum(tl.sum(x, axis=0), GROUP_CHANNELS, GROUPS_PADDED, SLAB)
@@ -71,8 +73,8 @@ def _modulated_group_norm_fwd_resident_kernel(
             for start in range(0, spatial, ROWS):
                 mask = (start + row < spatial)[:, None] & owned[None, :]
                 x = device.load_sum(
-                    source_ptr, residual_ptr, summed_ptr, wide_sample, start, part_channel, spatial, part_channels,
-                    mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
+                    source_ptr, residual_ptr, residual_scale, summed_ptr, wide_sample, start, part_channel, spatial,
+                    part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
                 )  # fmt: skip
                 x = tl.where(mask, x - pivot[None, :], 0.0)
                 delta = tl.where(mask, x - position_mean, 0.0)
@@ -113,8 +115,8 @@ def _modulated_group_norm_fwd_resident_kernel(
                 start = (num_tiles - 1 - index) * ROWS  # the tiles read last are the nearest in the caches
                 mask = (start + row < spatial)[:, None] & owned[None, :]
                 x = device.load_sum(
-                    source_ptr, residual_ptr, None, wide_sample, start, part_channel, spatial, part_channels, mask,
-                    ROWS, SLAB, CHANNELS_LAST, WIDE,
+                    source_ptr, residual_ptr, residual_scale, None, wide_sample, start, part_channel, spatial,
+                    part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
                 )  # fmt: skip
                 x = (x - pivot[None, :]) - mean_c[None, :]
                 y = device.activate(x * scale[None, :] + shift[None, :], SILU)
@@ -135,7 +137,7 @@ def _modulated_group_norm_bwd_resident_kernel(
     mean_ptr, rstd_ptr, seed_ptr,
     dx_ptr, dskip_ptr, dscale1_ptr, dshift1_ptr, dscale2_ptr, dshift2_ptr, sums_ptr,
     num_samples, spatial, channels, skip_channels, num_slabs, slabs_of_x, num_blocks,
-    scale1_stride, shift1_stride, scale2_stride, shift2_stride, scale_offset, threshold, keep_scale,
+    scale1_stride, shift1_stride, scale2_stride, shift2_stride, scale_offset, threshold, keep_scale, residual_scale,
     GROUP_CHANNELS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SLAB: tl.constexpr,
     ROWS: tl.constexpr, HELD: tl.constexpr, SAMPLES: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
     SILU: tl.constexpr, DROPOUT: tl.constexpr, SEED_PER_SAMPLE: tl.constexpr, EIGHTS: tl.constexpr,
@@ -198,8 +200,8 @@ def _modulated_group_norm_bwd_resident_kernel(
         c2 = device.spread(c2, GROUP_CHANNELS, GROUPS_PADDED, SLAB) * rstd * rstd
         if HELD:
             device.store_input_gradient(
-                target_ptr, dsummed_ptr, x, dp, rstd * scale, c1, c2, sample, 0, part_channel, spatial, part_channels,
-                mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
+                target_ptr, dsummed_ptr, residual_scale, x, dp, rstd * scale, c1, c2, sample, 0, part_channel, spatial,
+                part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
             )  # fmt: skip
         else:
             num_tiles = tl.cdiv(spatial, ROWS)
@@ -212,8 +214,8 @@ def _modulated_group_norm_bwd_resident_kernel(
                     ROWS, SLAB, CHANNELS_LAST, WIDE, SILU, DROPOUT, SEED_PER_SAMPLE, EIGHTS,
                 )  # fmt: skip
                 device.store_input_gradient(
-                    target_ptr, dsummed_ptr, x, dp, rstd * scale, c1, c2, sample, start, part_channel, spatial,
-                    part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
+                    target_ptr, dsummed_ptr, residual_scale, x, dp, rstd * scale, c1, c2, sample, start, part_channel,
+                    spatial, part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
                 )  # fmt: skip
 
         dscale, dshift = device.parameter_gradients(

@@ -18,7 +18,7 @@ from soda_kernels.group_norm import triton_device as device
 @triton.jit
 def _modulated_group_norm_fwd_statistics_kernel(
     x_ptr, skip_ptr, residual_ptr, summed_ptr, partials_ptr,
-    spatial, channels, skip_channels, num_slabs, slabs_of_x, num_chunks,
+    spatial, channels, skip_channels, num_slabs, slabs_of_x, num_chunks, residual_scale,
     SLAB: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: the mean and squared deviations of SLAB channels over a chunk of ROWS * TILES positions."""
@@ -38,14 +38,15 @@ def _modulated_group_norm_fwd_statistics_kernel(
     pivot = tl.load(source_ptr + anchors, mask=owned, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         pivot += tl.load(residual_ptr + anchors, mask=owned, other=0.0).to(tl.float32)
+        pivot = device.scaled(pivot, residual_scale)
 
     position_mean = tl.zeros((ROWS, SLAB), tl.float32)
     position_squares = tl.zeros((ROWS, SLAB), tl.float32)
     for start in range(first_row, stop_row, ROWS):
         mask = (start + row < stop_row)[:, None] & owned[None, :]
         x = device.load_sum(
-            source_ptr, residual_ptr, summed_ptr, sample, start, part_channel, spatial, part_channels, mask,
-            ROWS, SLAB, CHANNELS_LAST, WIDE,
+            source_ptr, residual_ptr, residual_scale, summed_ptr, sample, start, part_channel, spatial, part_channels,
+            mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
         )  # fmt: skip
         x = tl.where(mask, x - pivot[None, :], 0.0)
         delta = tl.where(mask, x - position_mean, 0.0)
@@ -157,10 +158,9 @@ def _modulated_group_norm_fwd_apply_kernel(
     shift = tl.load(coefficients_ptr + slot + all_channels, mask=owned, other=0.0)
     for start in range(first_row, stop_row, ROWS):
         mask = (start + row < stop_row)[:, None] & owned[None, :]
-        x = device.load_sum(
-            source_ptr, None, None, sample, start, part_channel, spatial, part_channels, mask,
-            ROWS, SLAB, CHANNELS_LAST, WIDE,
-        )  # fmt: skip
+        x = device.load(
+            source_ptr, sample, start, part_channel, spatial, part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE
+        )
         y = device.activate((x - mean[None, :]) * scale[None, :] + shift[None, :], SILU)
         if DROPOUT:
             keep = device.keep_mask(
@@ -279,6 +279,7 @@ def _modulated_group_norm_bwd_apply_kernel(
     dy_ptr, dsummed_ptr, x_ptr, skip_ptr, seed_ptr, mean_ptr, coefficients_ptr, group_coefficients_ptr,
     dx_ptr, dskip_ptr,
     spatial, channels, skip_channels, num_slabs, slabs_of_x, num_chunks, num_programs, threshold, keep_scale,
+    residual_scale,
     GROUP_CHANNELS: tl.constexpr, SLAB: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     SEED_PER_SAMPLE: tl.constexpr, EIGHTS: tl.constexpr,
@@ -313,8 +314,8 @@ def _modulated_group_norm_bwd_apply_kernel(
             ROWS, SLAB, CHANNELS_LAST, WIDE, SILU, DROPOUT, SEED_PER_SAMPLE, EIGHTS,
         )  # fmt: skip
         device.store_input_gradient(
-            target_ptr, dsummed_ptr, x, dp, scale, c1, c2, sample, start, part_channel, spatial, part_channels, mask,
-            ROWS, SLAB, CHANNELS_LAST, WIDE,
+            target_ptr, dsummed_ptr, residual_scale, x, dp, scale, c1, c2, sample, start, part_channel, spatial,
+            part_channels, mask, ROWS, SLAB, CHANNELS_LAST, WIDE,
         )  # fmt: skip
 
 
