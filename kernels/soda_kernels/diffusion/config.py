@@ -11,7 +11,8 @@ from soda_kernels import _tuning
 # Elements of a tile at the most and at the least; how many programs of a multiprocessor are wanted before tiles grow.
 _MOST, _LEAST = 4096, 512
 _PROGRAMS = 4
-_ELEMENTS_OF_A_THREAD = 8
+# Of one channel a thread's fill an access of 16 bytes; of several, 8 spill in some tiles (compiled for sm_90).
+_ELEMENTS_OF_A_THREAD = {False: 8, True: 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,11 @@ class TileConfig:
 def choose(batch: int, positions: int, channels: int, device: torch.device) -> TileConfig:
     """Return the tile to take unmeasured: as large as leaves programs enough, wide enough to fill sectors."""
     wanted = _PROGRAMS * _tuning.num_multiprocessors(device)
-    size = _MOST
+    several = channels > 1
+    size = _MOST // 2 if several else _MOST
     while size > _LEAST and batch * positions * channels < wanted * size:
         size //= 2
     width = min(_tuning.power_of_two(channels), 64)
     rows = min(max(4, size // width), max(4, _tuning.power_of_two(positions)))
-    return TileConfig(
-        positions=rows, channels=width, num_warps=max(1, min(16, rows * width // (32 * _ELEMENTS_OF_A_THREAD)))
-    )
+    num_warps = rows * width // (32 * _ELEMENTS_OF_A_THREAD[several])
+    return TileConfig(positions=rows, channels=width, num_warps=max(1, min(16, num_warps)))
