@@ -164,12 +164,17 @@ def test_layout_and_kernels_change_speed_alone(tmp_path: Path, change: dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 2.0**-24), ("bf16", 2.0**-9)])
 def test_kernels_change_two_hundred_steps_as_rounding_does(tmp_path: Path, precision: str, rounding: float) -> None:
-    """The measure is the reference itself, once with its initial weights off by half a unit in the last place."""
+    """The measure is the reference itself, with its initial weights off by half a unit in the last place.
+
+    How far two such runs drift apart is a draw: of five in fp32, 0.2% to 0.8% in the mean. So there are three.
+    """
+    nudges = ("nudged 1", "nudged 2", "nudged 3")
     curves = {}
-    for name, kernels in (("reference", "reference"), ("nudged", "reference"), ("auto", "auto")):
+    for name in ("reference", "auto", *nudges):
+        kernels = "auto" if name == "auto" else "reference"
         trainer = Trainer(tiny_run(tmp_path / name, kernels=kernels, precision=precision, total_images=16 * 200))
-        if name == "nudged":
-            generator = torch.Generator().manual_seed(1)
+        if name in nudges:
+            generator = torch.Generator().manual_seed(int(name[-1]))
             with torch.no_grad():
                 for weight in trainer.model.parameters():
                     sign = 2.0 * torch.randint(0, 2, weight.shape, generator=generator) - 1.0
@@ -178,9 +183,10 @@ def test_kernels_change_two_hundred_steps_as_rounding_does(tmp_path: Path, preci
         curves[name] = torch.tensor([record["loss"] for record in records(tmp_path / name)], dtype=torch.float64)
     reference = curves.pop("reference")
     assert len(reference) == 200
-    nudged, auto = (((curve - reference) / reference).abs() for curve in curves.values())
+    auto, *nudged = (((curve - reference) / reference).abs() for curve in curves.values())
     assert auto[0] <= 100 * rounding  # before the first update
-    assert auto.mean() <= 3 * nudged.mean() and auto.max() <= 3 * nudged.max()
+    assert auto.mean() <= 3 * torch.stack(nudged).mean()
+    assert auto.max() <= 3 * torch.stack([each.max() for each in nudged]).mean()
 
 
 def test_bf16_trains(tmp_path: Path) -> None:
