@@ -1,6 +1,8 @@
 // A unit's parameters: folded into one scale and shift a channel, and their gradients unfolded again.
 #pragma once
 
+#include <algorithm>
+
 #include "group_norm.h"
 #include "vec.h"
 
@@ -44,17 +46,21 @@ inline void write(const float* from, int64_t count, Dtype dtype, void* to, int64
 }
 
 inline void fold(const GroupNorm& norm, int64_t sample, int64_t first, int64_t count, const Affine& affine) {
-  for (int64_t i = 0; i < count; ++i) affine.scale[0][i] = 1.0f, affine.shift[0][i] = 0.0f;
   if (norm.weight.data) read(norm.weight, sample, first, count, affine.scale[0]);
+  else std::fill_n(affine.scale[0], count, 1.0f);
   if (norm.bias.data) read(norm.bias, sample, first, count, affine.shift[0]);
+  else std::fill_n(affine.shift[0], count, 0.0f);
+  const Floats offset = broadcast(norm.scale_offset);
   for (int m = 0; m < norm.num_modulations; ++m) {
     float *scale = affine.scale[m + 1], *shift = affine.shift[m + 1], *factor = affine.factor[m];
     read(norm.modulations[2 * m], sample, first, count, factor);
     read(norm.modulations[2 * m + 1], sample, first, count, shift);
-    for (int64_t i = 0; i < count; ++i) {
-      factor[i] += norm.scale_offset;
-      scale[i] = affine.scale[m][i] * factor[i];
-      shift[i] += affine.shift[m][i] * factor[i];
+    // In whole vectors, which the arrays have room for: of plain loops the compiler makes scalar ones, for fear of aliasing.
+    for (int64_t i = 0; i < count; i += lanes) {
+      const Floats sum = load(factor + i) + offset;
+      store(factor + i, sum);
+      store(scale + i, load(affine.scale[m] + i) * sum);
+      store(shift + i, load(affine.shift[m] + i) * sum + load(shift + i));
     }
   }
 }

@@ -12,6 +12,7 @@ int64_t scratch_bytes(const GroupNorm& norm) {
   const int64_t factors = norm.channels_last ? channels_last::block_rows * channels_last::tile_channels
                                              : contiguous::run_length;
   return 16 * Scratch::bytes<float>(width) + 4 * Scratch::bytes<double>(width) +
+         Scratch::bytes<float>(norm.unit_groups) + 2 * Scratch::bytes<double>(norm.unit_groups) +
          Scratch::bytes<float>(norm.dropout.threshold ? factors : 0);
 }
 

@@ -26,19 +26,19 @@ SODA_INLINE void exponential_of_negative(Floats (&x)[count]) {
   Floats shifted[count], n[count], sum[count];
   for (int i = 0; i < count; ++i) shifted[i] = magic - x[i] * 0x1.715476p3f;
   for (int i = 0; i < count; ++i) n[i] = shifted[i] - magic;
-  for (int i = 0; i < count; ++i) x[i] = -(n[i] * 0x1.62e43p-4f + x[i]);
+  for (int i = 0; i < count; ++i) x[i] = n[i] * 0x1.62e43p-4f + x[i];  // -r: its sign goes into what multiplies it
   if constexpr (coarse) {
-    for (int i = 0; i < count; ++i) sum[i] = x[i] * 0x1.ffc288p-2f + 1.0f;
+    for (int i = 0; i < count; ++i) sum[i] = 1.0f - x[i] * 0x1.ffc288p-2f;
   } else {
-    for (int i = 0; i < count; ++i) sum[i] = x[i] * 0x1.555656p-3f + 0x1.000874p-1f;
-    for (int i = 0; i < count; ++i) sum[i] = sum[i] * x[i] + 1.0f;
+    for (int i = 0; i < count; ++i) sum[i] = 0x1.000874p-1f - x[i] * 0x1.555656p-3f;
+    for (int i = 0; i < count; ++i) sum[i] = 1.0f - sum[i] * x[i];
   }
   for (int i = 0; i < count; ++i) sum[i] = sum[i] * x[i];
   for (int i = 0; i < count; ++i) {
     const __m256i bits = reinterpret_cast<__m256i>(shifted[i]);
     n[i] = as_floats(reinterpret_cast<Words>(_mm256_permutevar8x32_epi32(table, bits)) + (as_words(shifted[i]) << 20));
   }
-  for (int i = 0; i < count; ++i) x[i] = sum[i] * n[i] + n[i];
+  for (int i = 0; i < count; ++i) x[i] = n[i] - sum[i] * n[i];
 }
 
 #else
