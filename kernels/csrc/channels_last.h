@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 #include "unit.h"
 
@@ -55,14 +56,6 @@ inline void for_blocks(int64_t space, F f) {
   }
 }
 
-// From the last to the first: a second pass over what the second-level cache holds only the end of finds that there.
-template <class F>
-inline void for_blocks_back(int64_t space, F f) {
-  for (int64_t first = (space - 1) / block_rows * block_rows; first >= 0; first -= block_rows) {
-    f(first, space - first < block_rows ? space : first + block_rows);
-  }
-}
-
 // Some rows of a block and some channels of a part, with dropout's factors for them.
 struct Tile {
   int64_t first, last, channel, width;
@@ -71,24 +64,20 @@ struct Tile {
   const float* factors(int64_t row) const { return keep + (row - first) * tile_channels; }
 };
 
-// Call f(Tile) for the tiles of a part, the blocks forth or back; without dropout there is one tile a block.
-template <bool with_dropout, bool back, class T, class F>
-inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_channel, const Part<T>& part, float* keep,
-                      F f) {
+// Call f(Tile) for the tiles of a block of a part; without dropout there is one.
+template <bool with_dropout, class T, class F>
+inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_channel, const Part<T>& part, int64_t first,
+                      int64_t last, float* keep, F f) {
   const int64_t most = with_dropout ? tile_channels : part.width;
   const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
-  const auto tiles = [&](int64_t first, int64_t last) {
-    for (int64_t c = 0; c < part.width; c += most) {
-      const int64_t width = part.width - c < most ? part.width - c : most;
-      if constexpr (with_dropout) {
-        keep_tile(norm.dropout, key, norm.space, first, last - first, first_channel + part.offset + c, width, keep,
-                  tile_channels);
-      }
-      f(Tile{first, last, c, width, keep});
+  for (int64_t c = 0; c < part.width; c += most) {
+    const int64_t width = part.width - c < most ? part.width - c : most;
+    if constexpr (with_dropout) {
+      keep_tile(norm.dropout, key, norm.space, first, last - first, first_channel + part.offset + c, width, keep,
+                tile_channels);
     }
-  };
-  if constexpr (back) for_blocks_back(norm.space, tiles);
-  else for_blocks(norm.space, tiles);
+    f(Tile{first, last, c, width, keep});
+  }
 }
 
 // Store a vector, or where asked for and possible write it past the caches.
@@ -119,266 +108,5 @@ struct Coefficients {
   Coefficients(int64_t width, Scratch& scratch)
       : mean(scratch.take<float>(width)), scale(scratch.take<float>(width)), shift(scratch.take<float>(width)) {}
 };
-
-// Moments as in unit.h of every channel of the slab, in arrays.
-struct ChannelMoments {
-  double *origin, *first, *second, *within;
-
-  ChannelMoments(int64_t width, Scratch& scratch)
-      : origin(scratch.take<double>(width)), first(scratch.take<double>(width)), second(scratch.take<double>(width)),
-        within(scratch.take<double>(width)) {}
-};
-
-// The moments of a block's rows into those of the channels; the three arrays are workspace, of which the first is handed
-// from block to block. A column of rows is walked down with its sums in registers: twice in the first block, around its
-// own mean, which the second look takes from the first-level cache; once in the others, around the mean of the block
-// before. If means differ by d between the two, rows d^2 are added to the squares and subtracted again, and the channel's
-// own squares are no less than half of that: rounding is seen at most threefold. Of an image of one block, `is_all`, there
-// is nothing to merge.
-template <class T>
-inline void merge_block(const Part<const T>& part, int64_t first, int64_t last, bool is_all,
-                        const Coefficients& workspace, const ChannelMoments& moments) {
-  float *const shift = workspace.mean, *const deviations = workspace.scale, *const squares = workspace.shift;
-  const float rows = static_cast<float>(last - first);
-  for_vectors(part.width, [&](auto step, int64_t c, int64_t n) {
-    Floats center[step.count] = {}, deviation[step.count] = {}, square[step.count] = {};
-    if (first == 0) {
-      for (int64_t row = first; row < last; ++row) {
-        for (int v = 0; v < step.count; ++v) center[v] += load_lanes<step.whole>(part.row(row) + c + v * lanes, n);
-      }
-      for (int v = 0; v < step.count; ++v) {
-        center[v] /= rows;
-        store_lanes<step.whole>(shift + c + v * lanes, center[v], n);
-      }
-    } else {
-      for (int v = 0; v < step.count; ++v) center[v] = load_lanes<step.whole>(shift + c + v * lanes, n);
-    }
-    for (int64_t row = first; row < last; ++row) {
-      for (int v = 0; v < step.count; ++v) {
-        const Floats centered = load_lanes<step.whole>(part.row(row) + c + v * lanes, n) - center[v];
-        deviation[v] += centered;
-        square[v] += centered * centered;
-      }
-    }
-    for (int v = 0; v < step.count; ++v) {
-      store_lanes<step.whole>(deviations + c + v * lanes, deviation[v], n);
-      store_lanes<step.whole>(squares + c + v * lanes, square[v], n);
-    }
-  });
-  double *const origin = moments.origin + part.offset, *const sum_first = moments.first + part.offset;
-  double *const sum_second = moments.second + part.offset, *const within = moments.within + part.offset;
-  const double count = rows, share = 1.0 / count;
-  if (first == 0) {
-    for (int64_t c = 0; c < part.width; ++c) {
-      const double excess = deviations[c] * share;
-      origin[c] = shift[c] + excess;
-      within[c] = squares[c] - deviations[c] * excess;
-    }
-    if (!is_all) std::fill_n(sum_first, part.width, 0.0), std::fill_n(sum_second, part.width, 0.0);
-    return;
-  }
-  for (int64_t c = 0; c < part.width; ++c) {
-    const double excess = deviations[c] * share, mean = shift[c] + excess;
-    const double delta = mean - origin[c];
-    sum_first[c] += count * delta;
-    sum_second[c] += count * delta * delta;
-    within[c] += squares[c] - deviations[c] * excess;
-    shift[c] = static_cast<float>(mean);
-  }
-}
-
-template <class T, bool with_silu, bool with_dropout>
-inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_group, int64_t last_group,
-                         const Affine& affine, Scratch& scratch) {
-  const int64_t channels = norm.group_channels(), first = first_group * channels, last = last_group * channels;
-  const int64_t width = last - first;
-  const bool adds = norm.residual != nullptr;
-  const auto part = [&](auto* image, int which) {
-    return part_of(image, norm.channels[which], which ? norm.channels[0] : 0, sample, norm.space, first, last);
-  };
-  const Part<const T> x[2] = {part(static_cast<const T*>(adds ? norm.summed : norm.x), 0),
-                              part(static_cast<const T*>(norm.skip), 1)};
-  const Part<T> y = part_of(static_cast<T*>(norm.y), norm.all_channels(), 0, sample, norm.space, first, last);
-  const Coefficients coefficients(width, scratch);
-  const ChannelMoments moments(width, scratch);
-  double* const group_mean = scratch.take<double>(norm.unit_groups);
-  double* const group_squares = scratch.take<double>(norm.unit_groups);
-  float* const mean_error = scratch.take<float>(norm.unit_groups);
-  const bool is_one_block = norm.space <= block_rows;
-  float* const keep = scratch.take<float>(with_dropout ? block_rows * tile_channels : 0);
-
-  for (const auto& image : x) {
-    for_blocks(norm.space, [&](int64_t from, int64_t to) {
-      if (adds && image.width) {
-        const Part<const T> plain = part(static_cast<const T*>(norm.x), 0);
-        const Part<const T> residual = part(static_cast<const T*>(norm.residual), 0);
-        const Part<T> summed = part(static_cast<T*>(norm.summed), 0);
-        for (int64_t r = from; r < to; ++r) {
-          add_run(plain.row(r), residual.row(r), norm.residual_scale, summed.row(r), width);
-        }
-      }
-      merge_block(image, from, to, is_one_block, coefficients, moments);
-    });
-  }
-
-  const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
-  const double space = static_cast<double>(norm.space), share = 1.0 / space;
-  for (int64_t c = 0; c < width && !is_one_block; ++c) {
-    moments.origin[c] += moments.first[c] * share;  // now the channel's mean, and its squares around that
-    moments.within[c] += moments.second[c] - moments.first[c] * moments.first[c] * share;
-  }
-  const double channel_share = 1.0 / static_cast<double>(channels);
-  const int64_t groups = last_group - first_group;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t begin = group * channels, end = begin + channels;
-    const double mean = sum_over(begin, end, [&](int64_t c) { return moments.origin[c]; }) * channel_share;
-    group_squares[group] = sum_over(begin, end, [&](int64_t c) {
-      const double delta = moments.origin[c] - mean;
-      return moments.within[c] + space * delta * delta;
-    });
-    group_mean[group] = mean;
-  }
-  // All groups' at once: a root and a division wait for one another, and not for the next group's.
-  float *const mean = norm.mean + sample * norm.groups + first_group, *const rstd = norm.rstd + (mean - norm.mean);
-  for (int64_t group = 0; group < groups; ++group) {
-    const Normalization normal(group_mean[group], group_squares[group], space * static_cast<double>(channels), norm.eps);
-    mean[group] = normal.mean, rstd[group] = normal.rstd, mean_error[group] = normal.mean_error;
-  }
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t begin = group * channels, end = begin + channels;
-    // Whole vectors: what they write of the next group is written again, and after the last one there is room.
-    for (int64_t c = begin; c < end; c += lanes) {
-      const Floats a = load(scale + c) * rstd[group];
-      store(coefficients.mean + c, broadcast(mean[group]));
-      store(coefficients.scale + c, a);
-      store(coefficients.shift + c, load(shift + c) - mean_error[group] * a);
-    }
-  }
-
-  const bool past_caches = streams<T>(norm, std::gcd(norm.channels[0], norm.channels[1]), norm.y);
-  const auto apply = [&](const Part<const T>& image, auto past) {
-    // To the next slab, which the moments are summed from next. On an EPYC of the Zen 3 generation, with its slabs larger
-    // than the second-level cache, asking made no difference.
-    const int64_t ahead = last < norm.all_channels() ? image.width : (norm.space - 1) * image.stride + image.width;
-    for_tiles<with_dropout, true>(norm, sample, first, image, keep, [&](const Tile& tile) {
-      const int64_t at = image.offset + tile.channel;
-      for_rows(tile.first, tile.last, tile.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-        const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
-                     b = load(coefficients.shift + at + c);
-        Floats value[step.count];
-        for (int r = 0; r < step.count; ++r) {
-          prefetch(image.row(row + r) + tile.channel + c + ahead);
-          value[r] = (load_lanes<step.whole>(image.row(row + r) + tile.channel + c, n) - mean) * a + b;
-        }
-        if constexpr (with_silu) silu<is_coarse<T>>(value);
-        for (int r = 0; r < step.count; ++r) {
-          if constexpr (with_dropout) value[r] *= load(tile.factors(row + r) + c);
-          put<step.whole>(y.row(row + r) + at + c, value[r], n, past.value);
-        }
-      });
-    });
-  };
-  // Back, which took 0.85 to 1.0 of the time where a sample is larger than that cache (EPYC of the Zen 3 generation); the
-  // backward gained nothing by it.
-  for (int which = 1; which >= 0; --which) {
-    if (past_caches) apply(x[which], std::true_type{});
-    else apply(x[which], std::false_type{});
-  }
-  if (past_caches) end_stream();
-}
-
-template <class T, bool with_silu, bool with_dropout>
-inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_group, int64_t last_group,
-                          const Affine& affine, Scratch& scratch) {
-  const int64_t channels = norm.group_channels(), first = first_group * channels, last = last_group * channels;
-  const int64_t width = last - first;
-  const bool adds = norm.dsummed != nullptr;
-  const auto part = [&](auto* image, int which) {
-    return part_of(image, norm.channels[which], which ? norm.channels[0] : 0, sample, norm.space, first, last);
-  };
-  const Part<const T> x[2] = {part(static_cast<const T*>(norm.x), 0), part(static_cast<const T*>(norm.skip), 1)};
-  const Part<T> dx[2] = {part(static_cast<T*>(norm.dx), 0), part(static_cast<T*>(norm.dskip), 1)};
-  const Part<const T> dy = part_of(static_cast<const T*>(norm.dy), norm.all_channels(), 0, sample, norm.space, first, last);
-  const Part<const T> dsummed = part(static_cast<const T*>(norm.dsummed), 0);
-  const Coefficients coefficients(width, scratch);
-  float *const slope = scratch.take<float>(width), *const constant = scratch.take<float>(width);
-  float *const plain = scratch.take<float>(width), *const weighted = scratch.take<float>(width);
-  double *const plain_total = scratch.take<double>(width), *const weighted_total = scratch.take<double>(width);
-  float* const keep = scratch.take<float>(with_dropout ? block_rows * tile_channels : 0);
-  float* const dp = scratch.take<float>(width * norm.space);  // the gradient before the activation
-
-  const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
-  for (int64_t c = 0; c < width; ++c) {
-    const int64_t group = sample * norm.groups + (first + c) / channels;
-    coefficients.mean[c] = norm.mean[group];
-    coefficients.scale[c] = scale[c] * norm.rstd[group];
-    coefficients.shift[c] = shift[c];
-    plain[c] = weighted[c] = 0.0f;
-    plain_total[c] = weighted_total[c] = 0.0;
-  }
-
-  for (const auto& image : x) {
-    for_tiles<with_dropout, false>(norm, sample, first, image, keep, [&](const Tile& tile) {
-      const int64_t at = image.offset + tile.channel;
-      for_rows(tile.first, tile.last, tile.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-        const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
-                     b = load(coefficients.shift + at + c);
-        Floats value[step.count], centered[step.count], derivative[step.count];
-        for (int r = 0; r < step.count; ++r) {
-          centered[r] = load_lanes<step.whole>(image.row(row + r) + tile.channel + c, n) - mean;
-          derivative[r] = centered[r] * a + b;
-        }
-        if constexpr (with_silu) silu_derivative<is_coarse<T>>(derivative);
-        for (int r = 0; r < step.count; ++r) {
-          value[r] = load_lanes<step.whole>(dy.row(row + r) + at + c, n);
-          if constexpr (with_dropout) value[r] *= load(tile.factors(row + r) + c);
-          if constexpr (with_silu) value[r] *= derivative[r];
-          store_lanes<step.whole>(dp + (row + r) * width + at + c, value[r], n);
-          centered[r] *= value[r];
-        }
-        store_lanes<step.whole>(plain + at + c, load_lanes<step.whole>(plain + at + c, n) + sum(value), n);
-        store_lanes<step.whole>(weighted + at + c, load_lanes<step.whole>(weighted + at + c, n) + sum(centered), n);
-      });
-      for (int64_t c = at; c < at + tile.width; ++c) {
-        plain_total[c] += plain[c], weighted_total[c] += weighted[c];
-        plain[c] = weighted[c] = 0.0f;
-      }
-    });
-  }
-
-  const double elements = static_cast<double>(channels * norm.space);
-  const float outer = norm.residual_scale;
-  for (int64_t group = first_group; group < last_group; ++group) {
-    const double rstd = norm.rstd[sample * norm.groups + group];
-    const int64_t begin = group * channels - first, end = begin + channels;
-    const double dshift = sum_over(begin, end, [&](int64_t c) { return scale[c] * plain_total[c]; });
-    const double dscale = sum_over(begin, end, [&](int64_t c) { return scale[c] * weighted_total[c]; }) * rstd;
-    for (int64_t c = begin; c < end; ++c) {
-      coefficients.scale[c] *= outer;
-      constant[c] = static_cast<float>(-dshift / elements * rstd * outer);
-      slope[c] = static_cast<float>(-dscale / elements * rstd * rstd * outer);
-      plain[c] = static_cast<float>(plain_total[c]);
-      weighted[c] = static_cast<float>(weighted_total[c] * rstd);
-    }
-  }
-
-  const bool past_caches = streams<T>(norm, std::gcd(norm.channels[0], norm.channels[1]), norm.dx, norm.dskip);
-  for (int which = 0; which < 2; ++which) {
-    const Part<const T>& image = x[which];
-    const int64_t at = image.offset;
-    for_rows(0, norm.space, image.width, [&](auto step, int64_t row, int64_t c, int64_t n) {
-      const Floats mean = load(coefficients.mean + at + c), a = load(coefficients.scale + at + c),
-                   k = load(slope + at + c), offset = load(constant + at + c);
-      for (int r = 0; r < step.count; ++r) {
-        const Floats centered = load_lanes<step.whole>(image.row(row + r) + c, n) - mean;
-        Floats value = load_lanes<step.whole>(dp + (row + r) * width + at + c, n) * a + (centered * k + offset);
-        if (adds) value += load_lanes<step.whole>(dsummed.row(row + r) + c, n) * outer;
-        put<step.whole>(dx[which].row(row + r) + c, value, n, past_caches);
-      }
-    });
-  }
-  if (past_caches) end_stream();
-  unfold(norm, sample, first, width, affine, weighted, plain, scratch.take<float>(width));
-}
 
 }  // namespace soda::SODA_ISA::channels_last

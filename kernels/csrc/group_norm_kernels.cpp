@@ -1,6 +1,7 @@
 // Modulated group norm for one instruction set: compiled once for each, with its flags and -DSODA_ISA=its name.
 
-#include "channels_last.h"
+#include "channels_last_backward.h"
+#include "channels_last_forward.h"
 #include "contiguous.h"
 
 namespace soda::SODA_ISA {
@@ -12,11 +13,13 @@ int64_t scratch_bytes(const GroupNorm& norm) {
   const int64_t factors = norm.channels_last ? channels_last::block_rows * channels_last::tile_channels
                                              : contiguous::run_length;
   return 16 * Scratch::bytes<float>(width) + 4 * Scratch::bytes<double>(width) +
-         Scratch::bytes<float>(norm.unit_groups) + 2 * Scratch::bytes<double>(norm.unit_groups) +
          Scratch::bytes<float>(norm.dropout.threshold ? factors : 0);
 }
 
-int64_t scratch_bytes(const Forward& norm) { return scratch_bytes(static_cast<const GroupNorm&>(norm)); }
+int64_t scratch_bytes(const Forward& norm) {
+  return norm.channels_last ? channels_last::forward_scratch_bytes(norm)
+                            : scratch_bytes(static_cast<const GroupNorm&>(norm));
+}
 
 int64_t scratch_bytes(const Backward& norm) {
   const int64_t groups = norm.channels_last ? norm.unit_groups : 1;
@@ -24,20 +27,9 @@ int64_t scratch_bytes(const Backward& norm) {
          Scratch::bytes<float>(groups * norm.group_channels() * norm.space);
 }
 
-Affine take_affine(int64_t width, Scratch& scratch) {
-  Affine affine;
-  for (int i = 0; i < 3; ++i) affine.scale[i] = scratch.take<float>(width), affine.shift[i] = scratch.take<float>(width);
-  for (float*& factor : affine.factor) factor = scratch.take<float>(width);
-  return affine;
-}
-
 template <class T, bool with_silu, bool with_dropout>
 void run_unit(const Forward& norm, int64_t sample, int64_t first, int64_t last, const Affine& affine, Scratch& scratch) {
-  if (norm.channels_last) {
-    channels_last::forward_unit<T, with_silu, with_dropout>(norm, sample, first, last, affine, scratch);
-  } else {
-    contiguous::forward_unit<T, with_silu, with_dropout>(norm, sample, first, last, affine, scratch);
-  }
+  contiguous::forward_unit<T, with_silu, with_dropout>(norm, sample, first, last, affine, scratch);
 }
 
 template <class T, bool with_silu, bool with_dropout>
@@ -54,6 +46,11 @@ void run_units_of(const Pass& norm, int64_t first_unit, int64_t last_unit) {
   const int64_t channels = norm.group_channels(), width = norm.unit_groups * channels;
   char buffer[16384];  // enough for small images, where an allocation would show
   Scratch scratch(scratch_bytes(norm), buffer);
+  if constexpr (std::is_same_v<Pass, Forward>) {
+    if (norm.channels_last) {
+      return channels_last::forward_units<T, with_silu, with_dropout>(norm, first_unit, last_unit, scratch);
+    }
+  }
   for (int64_t unit = first_unit; unit < last_unit; ++unit) {
     scratch.rewind();
     const Affine affine = take_affine(width, scratch);

@@ -42,6 +42,14 @@ class Scratch {
   char *own_, *start_, *next_;
 };
 
+inline Affine take_affine(int64_t width, Scratch& scratch) {
+  Affine affine;
+  for (float*& scale : affine.scale) scale = scratch.take<float>(width);
+  for (float*& shift : affine.shift) shift = scratch.take<float>(width);
+  for (float*& factor : affine.factor) factor = scratch.take<float>(width);
+  return affine;
+}
+
 // The mean and the sum of squared deviations of parts seen one after the other, from each part's own centred sums.
 // Chan's formula around the first part's mean, in double: nothing cancels.
 struct Moments {
