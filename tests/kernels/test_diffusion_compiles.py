@@ -11,7 +11,6 @@ from torch import Tensor
 from soda_kernels import NoiseSchedule, _philox
 from soda_kernels.aot import specify
 from soda_kernels.diffusion import triton_impl
-from soda_kernels.diffusion.config import choose, choose_whole
 from soda_kernels.diffusion.reference import SAMPLINGS, TARGETS
 from tests.harness.compilation import compile_specs, gate
 
@@ -20,7 +19,7 @@ IMAGES = frozenset(
      "previous_x0_ptr", "x_next_ptr", "out_ptr"}
 )  # fmt: skip
 SHAPES = {"pixels": (256, 3, 64, 64), "one image": (1, 3, 256, 256), "latents": (64, 4, 32, 32)}
-METHODS = (("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp_2m", 0.0))
+METHODS = DDIM, STOCHASTIC, DDPM, SECOND_ORDER = ("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp_2m", 0.0)
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 TABLE = torch.empty(1000, device="meta")
@@ -103,21 +102,21 @@ def test_measured_shapes(arch: str, layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_largest_whole_samples(arch: str) -> None:
-    """The largest that a program holds to rescale guidance: without noise, and with it in one channel and in several."""
-    without, plain, several = Images((8, 4, 64, 64), "nhwc"), Images((8, 8, 32, 32), "nchw"), Images((8, 4, 32, 32), "nhwc")
+    """The largest that a program holds to rescale guidance: without noise, and with it in one or several channels."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
-        for images, steps in ((without, ((0, 0), (3, 0))), (plain, ((1, 0), (2, 0))), (several, ((1, 0), (2, 0)))):
-            images.dtype = dtype
-            for method, _ in steps:
-                for target in TARGETS:
-                    found.append(images.step(*METHODS[method], target, guidance_rescale=0.7))
+        for images, methods in (
+            (Images((8, 4, 64, 64), "nhwc", dtype), (DDIM, SECOND_ORDER)),
+            (Images((8, 8, 32, 32), "nchw", dtype), (STOCHASTIC, DDPM)),
+            (Images((8, 4, 32, 32), "nhwc", dtype), (STOCHASTIC, DDPM)),
+        ):
+            found += [images.step(*method, target, guidance_rescale=0.7) for method in methods for target in TARGETS]
     assert all(len(plan.launches) == 1 for plan in found)
     assert complaints(found, arch, 0) == []
-    beyond = [Images((8, 5, 64, 64), "nhwc").step(*METHODS[0], guidance_rescale=0.7)]
-    beyond += [Images(shape, layout).step(*METHODS[1], guidance_rescale=0.7) for shape, layout in
-               (((8, 9, 32, 32), "nchw"), ((8, 5, 32, 32), "nhwc"))]  # fmt: skip
-    assert all(len(plan.launches) == 2 for plan in beyond)
+    for shape, layout, method in (
+        ((8, 5, 64, 64), "nhwc", DDIM), ((8, 9, 32, 32), "nchw", DDPM), ((8, 5, 32, 32), "nhwc", DDPM)
+    ):  # fmt: skip
+        assert len(Images(shape, layout).step(*method, guidance_rescale=0.7).launches) == 2
 
 
 @pytest.mark.slow
@@ -130,3 +129,8 @@ def test_tiles_of_every_width(arch: str) -> None:
         found += [images.noising("logit_normal", images()), images.step("ddpm", 0.0), *images.losses("v", images())]
     assert len({plan.config for plan in found}) == 6
     assert complaints(found, arch, 0) == []
+
+
+def test_the_schedule_has_what_the_kernels_read() -> None:
+    schedule = NoiseSchedule.cosine(10)
+    assert all(table.dtype == torch.float32 for table in (schedule.alpha, schedule.sigma, schedule.logsnr))
