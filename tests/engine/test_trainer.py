@@ -32,10 +32,10 @@ def interrupt_at(trainer: Trainer, step: int) -> None:
     """Send this process a Ctrl-C while the trainer is in the given step."""
     take_step = trainer.step
 
-    def step_and_interrupt(*args: Any) -> dict[str, float]:
+    def step_and_interrupt(*args: Any) -> None:
         if trainer.progress.step == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return take_step(*args)
+        take_step(*args)
 
     trainer.step = step_and_interrupt  # type: ignore[method-assign]
 
@@ -63,10 +63,10 @@ def test_a_killed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> 
     trainer = Trainer(config)
     take_step = trainer.step
 
-    def step_and_die(*args: Any) -> dict[str, float]:
+    def step_and_die(*args: Any) -> None:
         if trainer.progress.step == 3:
             raise MemoryError
-        return take_step(*args)
+        take_step(*args)
 
     trainer.step = step_and_die  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
@@ -100,7 +100,8 @@ def test_a_step_with_a_nan_loss_leaves_no_trace(tmp_path: Path, monkeypatch: pyt
     average = {name: tensor.clone() for name, tensor in trainer.ema.model.state_dict().items()}
     forward = trainer.model.forward
     monkeypatch.setattr(trainer.model, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
-    metrics = trainer.step(next(batches))
+    trainer.step(next(batches))
+    metrics = trainer.read()
     assert metrics["loss"] != metrics["loss"]
     assert (trainer.progress.images, trainer.progress.step, trainer.progress.skipped_steps) == (32, 2, 1)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
@@ -132,7 +133,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         trainer = Trainer(tiny_run(tmp_path / str(accumulate), accumulate=accumulate))
         trainer.model.encoder.eval()  # batch norms see the parts: only without them the sum is exact
         batches = trainer._batches()
-        results.append([trainer.step(next(batches)) for _ in range(4)])
+        results.append([(trainer.step(next(batches)), trainer.read())[1] for _ in range(4)])
     for whole, parts in zip(*results, strict=True):
         assert parts == pytest.approx(whole, rel=1e-4, abs=1e-7)
 
@@ -235,6 +236,7 @@ def test_a_batch_without_a_readable_image_takes_no_step(tmp_path: Path) -> None:
     before = [p.clone() for p in trainer.model.parameters()]
     none = torch.empty(0, dtype=torch.int64)
     trainer.step(Batch(torch.empty(0, 1, 8, 8, dtype=torch.uint8), none, none, none, ["x"] * 16))
+    trainer.read()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert (trainer.progress.images, trainer.progress.skipped_steps) == (16, 1)
 
