@@ -257,12 +257,12 @@ class Trainer:
         total = torch.zeros((), device=device)
         parts = batch.split(config.accumulate)
         for index, part in enumerate(parts):
-            part = part.to(device)
             source, target = self._views(part)
+            sample_ids = part.sample_ids.to(device, non_blocking=True)
             with distributed.synchronizing(self.parallel, enabled=index == len(parts) - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                     losses = self.parallel(
-                        source, target, seed=config.seed, sample_ids=part.sample_ids, step=self.progress.step
+                        source, target, seed=config.seed, sample_ids=sample_ids, step=self.progress.step
                     )
                 loss = losses.sum() * scale
                 loss.backward()
@@ -270,11 +270,12 @@ class Trainer:
         return self.processes.sum(total) / self.processes.world_size
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Draw the source and the target view of each image, in the model's layout."""
+        """Draw the source and the target view of each image, on the device and in the model's layout."""
         model, views = self.config.model, self.config.views
         key: dict[str, Any] = {"seed": self.config.seed, "sample_ids": batch.sample_ids, "epochs": batch.epochs}
-        source = make_view(batch.images, views.source, model.encoder.image_size, role="source", **key)
-        target = make_view(batch.images, views.target, model.denoiser.image_size, role="target", **key)
+        images = batch.images.to(self.processes.device, non_blocking=True)
+        source = make_view(images, views.source, model.encoder.image_size, role="source", **key)
+        target = make_view(images, views.target, model.denoiser.image_size, role="target", **key)
         return source.contiguous(memory_format=self.layout), target.contiguous(memory_format=self.layout)
 
     def _milestones(self, before: int, log: RunLog) -> None:
