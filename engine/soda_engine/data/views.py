@@ -94,9 +94,9 @@ def make_view(
     # Autocast would run the products below in bf16.
     with torch.autocast(images.device.type, enabled=False):
         if pipeline.crop_probability or pipeline.flip_probability:
-            box = on_device(torch.stack(_draw_crop(draws, pipeline)), images.device)
+            top, left, height, width = on_device(torch.stack(_draw_crop(draws, pipeline)), images.device).unbind()
             flip = on_device(draws[:, _FLIP] < pipeline.flip_probability, images.device)
-            view = _resample(images, *box.unbind(), flip, size).div_(127.5).sub_(1)
+            view = _resample(images, top, left, height, width, flip, size).div_(127.5).sub_(1)
         else:
             view = plain_view(images, size)
         if pipeline.randaugment_probability:

@@ -71,7 +71,7 @@ def sample(
         "method": method, "target": target, "cfg_scale": cfg_scale, "eta": eta, "clip_x0": clip_x0,
         "seed": device_seed, "sample_ids": sample_ids,
     }  # fmt: skip
-    advance = partial(_advance, denoise, schedule, _Position(indices, x.device), x, x0, options)
+    advance: Callable[[], None] = partial(_advance, denoise, schedule, _Position(indices, x.device), x, x0, options)
     with tqdm(total=num_steps, desc="sampling", disable=not progress) as bar:
         for step in range(num_steps):
             if graphed and step == 1:

@@ -142,7 +142,7 @@ class Trainer:
                 if due or len(self._unread) >= self.read_every:
                     self.read(log)
                 progress.seconds += time.monotonic() - tick
-                log.advance(config.batch_size, **{"loss": f"{v:.4f}" for k, v in self._metrics.items() if k == "loss"})
+                log.advance(config.batch_size, **({"loss": f"{self._metrics['loss']:.4f}"} if self._metrics else {}))
                 if due:
                     rate = (progress.images - window[0]) / (progress.seconds - window[1])
                     window = progress.images, progress.seconds
