@@ -16,7 +16,7 @@ import soda_engine
 from soda_engine import Soda
 from soda_engine.models.soda import WEIGHTS_NAME
 from soda_kernels import philox_normal, sampler_step
-from tests.engine.host_sync import DEVICE, NoHostSync
+from tests.harness.host_sync import DEVICE, NoHostSync
 from tests.engine.tiny import tiny_model
 from tests.engine.tiny_soda import tiny_config, tiny_soda
 

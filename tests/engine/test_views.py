@@ -17,7 +17,7 @@ from torch import Tensor
 from soda_engine.config import PipelineConfig
 from soda_engine.data.randaugment import OPS, randaugment
 from soda_engine.data.views import _draw_crop, _resample, make_view, plain_view, views_preset
-from tests.engine.host_sync import NoHostSync
+from tests.harness.host_sync import NoHostSync
 
 EVERYTHING = dataclasses.replace(views_preset("classification").source, randaugment_probability=1.0, randaugment_ops=3)
 

@@ -5,8 +5,9 @@ Meta tensors have no values, so whatever reads one fails by itself.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 import torch
@@ -46,15 +47,23 @@ class NoHostSync(TorchDispatchMode):
         super().__init__()
         self.ops: Counter[str] = Counter()
         self._pinned: list[Tensor] = []
-        self._autocast = patch("torch.autocast", _autocast)
+        # PyTorch lists the devices that have its fused and its multi-tensor kernels; their ops know the meta device.
+        adam, clip = (sys.modules[of.__module__] for of in (torch.optim.Adam, torch.nn.utils.get_total_norm))
+        self._patches = (
+            patch("torch.autocast", _autocast),
+            patch.object(adam, "_device_dtype_check_for_fused", lambda *_, **__: None),
+            patch.object(clip, "_has_foreach_support", lambda *_, **__: True),
+        )
 
-    def __enter__(self) -> NoHostSync:
-        self._autocast.start()
+    def __enter__(self) -> Self:
+        for each in self._patches:
+            each.start()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._autocast.stop()
+        for each in self._patches:
+            each.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
