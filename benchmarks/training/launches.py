@@ -32,8 +32,8 @@ _FREE = {
 class Launches(NoHostSync):
     """Sums over the ops on meta tensors, and raises where the host would wait for the GPU.
 
-    Counted are launches, bytes (each input read, each output written, once an op) and FLOPs. Ops of soda_kernels count as one launch. `us` is the time that an H200 would take at its ceilings, at least
-    LEAST_US a launch.
+    Counted are launches, bytes (each input read, each output written, once an op) and FLOPs; an op of soda_kernels is
+    one launch. `us` is the time that an H200 would take at its ceilings, at least LEAST_US a launch.
     """
 
     def __init__(self) -> None:

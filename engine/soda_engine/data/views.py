@@ -175,8 +175,9 @@ def _resample(
         [N, C, size, size] float32.
     """
     side = images.shape[-1]
-    rows = _filter(top * side, height * side, torch.zeros_like(flip), side, size)  # [N, size, S]
-    columns = _filter(left * side, width * side, flip, side, size)
+    start, length = torch.cat((top, left)) * side, torch.cat((height, width)) * side
+    flips = torch.cat((torch.zeros_like(flip), flip))
+    rows, columns = _filter(start, length, flips, side, size).chunk(2)  # [N, size, S] each
     reduced = torch.matmul(rows[:, None], images.float()).mul_(8).round_().div_(8)  # [N, C, size, S]
     return torch.matmul(reduced, columns[:, None].transpose(-1, -2))
 
