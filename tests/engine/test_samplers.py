@@ -15,8 +15,8 @@ from soda_engine import Soda
 from soda_engine.diffusion.guidance import guided
 from soda_engine.diffusion.samplers import _advance, _Position, sample, step_indices
 from soda_kernels import NoiseSchedule, sampler_step, use_backend
-from tests.harness.host_sync import DEVICE, HostSyncError, NoHostSync
 from tests.engine.tiny_soda import tiny_config, tiny_soda
+from tests.harness.host_sync import DEVICE, HostSyncError, NoHostSync
 
 # Its first step has almost no noise (sigma 0.002), so that a sampler's last step can follow the flow to its end.
 SCHEDULE = NoiseSchedule.cosine(1000)

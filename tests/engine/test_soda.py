@@ -16,9 +16,9 @@ import soda_engine
 from soda_engine import Soda
 from soda_engine.models.soda import WEIGHTS_NAME
 from soda_kernels import philox_normal, sampler_step
-from tests.harness.host_sync import DEVICE, NoHostSync
 from tests.engine.tiny import tiny_model
 from tests.engine.tiny_soda import tiny_config, tiny_soda
+from tests.harness.host_sync import DEVICE, NoHostSync
 
 STEPS = 4
 # z of two batch sizes, or a sample of two: the same sums in another order, in fp32, through a few layers.

@@ -22,8 +22,8 @@ from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.settings import alone_in
 from soda_engine.train.trainer import Trainer, TrainingStopped
 from soda_kernels import explain, philox_uniform
-from tests.harness.host_sync import HostSyncError, NoHostSync
 from tests.engine.tiny import tiny_model, tiny_run
+from tests.harness.host_sync import HostSyncError, NoHostSync
 
 
 def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
