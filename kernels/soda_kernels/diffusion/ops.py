@@ -13,8 +13,8 @@ from soda_kernels._library import Describe, define
 from soda_kernels.diffusion import reference
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=image_memory_format(x))
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=image_memory_format(x))
 
 
 def _fake_philox(
@@ -23,37 +23,49 @@ def _fake_philox(
     return sample_ids.new_empty((sample_ids.shape[0], num), dtype=dtype)
 
 
-def _fake_loss(prediction: Tensor, x0: Tensor, *_: Any) -> Tensor:
+def _fake_add_noise(x0: Tensor, step_index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    sample_ids, dtype = rest[3], rest[-1]
+    return _empty_like(x0, dtype), sample_ids.new_empty(x0.shape[0] if step_index is None else 0)
+
+
+def _fake_loss(prediction: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, x0.dtype), torch.float32)
-    return prediction.new_empty(prediction.shape[0], dtype=dtype)
+    loss = prediction.new_empty(prediction.shape[0], dtype=dtype)
+    return loss, _empty_like(prediction) if rest[-1] else prediction.new_empty(0)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a sample, with room for a tile that begins inside and ends outside.
+_MOST_ELEMENTS = 2**31 - 2**16
 
 
-def _unsupported(*images: Tensor | None) -> str | None:
-    """Say why the Triton kernels cannot take a call with these images, or None if they can."""
+def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
+    """Say why the Triton kernels cannot take a call with these images, or images of these dtypes; None if they can."""
     for image in images:
         if image is None:
             continue
-        if image.dtype not in _KERNEL_DTYPES:
-            return f"the kernels take fp32, bf16 and fp16, not {str(image.dtype).removeprefix('torch.')}"
+        dtype = image if isinstance(image, torch.dtype) else image.dtype
+        if dtype not in (*_KERNEL_DTYPES, torch.uint8):
+            return f"the kernels take fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+        if isinstance(image, torch.dtype):
+            continue
         if image.numel() == 0:
             return "nothing to compute"
-        if image[0].numel() >= 2**31:
+        if image[0].numel() > _MOST_ELEMENTS:
             return "the kernels index inside a sample in 32 bits"
     return None
 
 
-def _gpu(name: str, images: Callable[..., tuple[Tensor | None, ...]]) -> tuple[Callable[..., Any], Describe]:
+def _gpu(name: str, refuse: Callable[..., str | None], what: str) -> tuple[Callable[..., Any], Describe]:
     """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells which.
 
     Args:
-        images: picks those of the op's arguments that the kernels must be able to take.
+        refuse: takes the op's arguments, and says why the kernels cannot take them, or returns None if they can.
+        what: what programs work on.
     """
 
     def run(*args: Any) -> Any:
-        if _unsupported(*images(*args)):
+        if refuse(*args):
             return getattr(reference, name)(*args)
         from soda_kernels.diffusion import triton_impl
 
@@ -61,8 +73,8 @@ def _gpu(name: str, images: Callable[..., tuple[Tensor | None, ...]]) -> tuple[C
         return outputs if len(outputs) > 1 else outputs[0]
 
     def describe(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
-        reason = _unsupported(*images(*args))
-        return ("reference", {}, reason) if reason else ("triton", {}, "tiles of images, as many as fill the chip")
+        reason = refuse(*args)
+        return ("reference", {}, reason) if reason else ("triton", {}, what)
 
     return run, describe
 
@@ -84,12 +96,20 @@ def _describe_philox(device_type: str, *args: Any) -> tuple[str, dict[str, Any],
     return ("triton", {}, "blocks of numbers") if dtype in _KERNEL_DTYPES else ("reference", {}, "fp64 is its alone")
 
 
-_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *_: (x0,))
-_LOSS, _DESCRIBE_LOSS = _gpu("denoising_loss", lambda prediction, x0, *_: (prediction, x0))
-_LOSS_BACKWARD, _DESCRIBE_LOSS_BACKWARD = _gpu(
-    "denoising_loss_backward", lambda dloss, prediction, x0, *_: (prediction, x0)
+_TILES = "tiles of images, as many as fill the chip"
+_DRAW, _DESCRIBE_DRAW = _gpu(
+    "draw_step_index", lambda _, ids, *__: None if ids.numel() else "nothing to compute", "blocks of samples"
 )
-_SAMPLER_STEP, _DESCRIBE_SAMPLER_STEP = _gpu("sampler_step", lambda x_t, *_: (x_t,))
+_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *rest: _unsupported(x0, rest[-1]), _TILES)
+_ADD_NOISE_BACKWARD, _DESCRIBE_ADD_NOISE_BACKWARD = _gpu(
+    "add_noise_backward", lambda dx_t, *_: _unsupported(dx_t), _TILES
+)
+_LOSS, _DESCRIBE_LOSS = _gpu("denoising_loss", lambda prediction, x0, *_: _unsupported(prediction, x0), _TILES)
+_LOSS_BACKWARD, _DESCRIBE_LOSS_BACKWARD = _gpu(
+    "denoising_loss_backward", lambda dloss, prediction, x0, *_: _unsupported(prediction, x0), _TILES
+)
+_SCALE, _DESCRIBE_SCALE = _gpu("scale_samples", lambda gradient, *_: _unsupported(gradient), _TILES)
+_SAMPLER_STEP, _DESCRIBE_SAMPLER_STEP = _gpu("sampler_step", lambda x_t, *_: _unsupported(x_t), _TILES)
 
 _LOSS_ARGUMENTS = (
     "Tensor prediction, Tensor x0, Tensor step_index, Tensor alpha, Tensor sigma, Tensor? weights, Tensor seed, "
@@ -106,10 +126,20 @@ define(
     describe=_describe_philox,
 )  # fmt: skip
 define(
+    "draw_step_index",
+    "(Tensor seed, Tensor sample_ids, Tensor step, int num_steps, str sampling, int first_stratum, int num_strata) "
+    "-> Tensor",
+    reference=reference.draw_step_index,
+    fake=lambda seed, sample_ids, *_: torch.empty_like(sample_ids, memory_format=torch.contiguous_format),
+    gpu=_DRAW,
+    describe=_DESCRIBE_DRAW,
+)
+define(
     "add_noise",
-    "(Tensor x0, Tensor step_index, Tensor alpha, Tensor sigma, Tensor seed, Tensor sample_ids, Tensor step) -> Tensor",
+    "(Tensor x0, Tensor? step_index, Tensor alpha, Tensor sigma, Tensor seed, Tensor sample_ids, Tensor step, "
+    "str sampling, int first_stratum, int num_strata, ScalarType dtype) -> (Tensor, Tensor)",
     reference=reference.add_noise,
-    fake=lambda x0, *_: _empty_like(x0),
+    fake=_fake_add_noise,
     gpu=_ADD_NOISE,
     describe=_DESCRIBE_ADD_NOISE,
 )
@@ -118,10 +148,12 @@ define(
     "(Tensor dx_t, Tensor step_index, Tensor alpha) -> Tensor",
     reference=reference.add_noise_backward,
     fake=lambda dx_t, *_: _empty_like(dx_t),
+    gpu=_ADD_NOISE_BACKWARD,
+    describe=_DESCRIBE_ADD_NOISE_BACKWARD,
 )
 define(
     "denoising_loss",
-    f"({_LOSS_ARGUMENTS}) -> Tensor",
+    f"({_LOSS_ARGUMENTS}, bool save_gradient) -> (Tensor, Tensor)",
     reference=reference.denoising_loss,
     fake=_fake_loss,
     gpu=_LOSS,
@@ -136,10 +168,18 @@ define(
     describe=_DESCRIBE_LOSS_BACKWARD,
 )
 define(
+    "scale_samples",
+    "(Tensor gradient, Tensor dloss) -> Tensor",
+    reference=reference.scale_samples,
+    fake=lambda gradient, *_: _empty_like(gradient),
+    gpu=_SCALE,
+    describe=_DESCRIBE_SCALE,
+)
+define(
     "sampler_step",
     "(Tensor x_t, Tensor cond, Tensor? uncond, Tensor alpha, Tensor sigma, Tensor logsnr, Tensor step_index, "
-    "Tensor next_index, str method, str target, float cfg_scale, float eta, float? clip_x0, Tensor? previous_x0, "
-    "Tensor? previous_index, Tensor? seed, Tensor? sample_ids) -> (Tensor, Tensor)",
+    "Tensor next_index, str method, str target, float cfg_scale, float eta, float? clip_x0, float guidance_rescale, "
+    "Tensor? previous_x0, Tensor? previous_index, Tensor? seed, Tensor? sample_ids) -> (Tensor, Tensor)",
     reference=reference.sampler_step,
     fake=lambda x_t, *_: (_empty_like(x_t), _empty_like(x_t)),
     gpu=_SAMPLER_STEP,
