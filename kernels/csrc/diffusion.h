@@ -85,8 +85,8 @@ struct Scale {
   void* y = nullptr;
 };
 
-// prediction = rescale[n] (uncond + cfg_scale (cond - uncond))
-// x0 = clip(x0_of_x_t x_t + x0_of_prediction prediction)
+// prediction = rescale[n] (uncond + cfg_scale (cond - uncond)), or cond where there is no uncond
+// x0 = clip((signal x_t - noise_of_x_t prediction) gain), or clip(prediction)
 // x_next = of_x_t x_t + of_x0 x0 + of_previous previous_x0 + of_noise noise
 struct SamplerStep {
   NoiseKey key;
@@ -95,10 +95,10 @@ struct SamplerStep {
   const void *x_t = nullptr, *cond = nullptr, *uncond = nullptr, *previous_x0 = nullptr;
   void *x_next = nullptr, *x0 = nullptr;
   bool x0_is_prediction = false, draws = false;
-  float cfg_scale = 1.0f, x0_of_x_t = 0.0f, x0_of_prediction = 1.0f, clip = 0.0f;  // clip may be infinite
+  float cfg_scale = 1.0f, signal = 1.0f, noise_of_x_t = 0.0f, gain = 1.0f, clip = 0.0f;  // clip may be infinite
   float of_x_t = 0.0f, of_x0 = 0.0f, of_previous = 0.0f, of_noise = 0.0f;
-  const float* rescale = nullptr;     // [N], or null for 1
-  double* deviations = nullptr;       // [N, 2]: sums of squared deviations of cond, and of the guided prediction
+  const float* rescale = nullptr;  // [N], or null for 1
+  double* deviations = nullptr;    // [N, 2]: sums of squared deviations of cond, and of the guided prediction
 };
 
 struct DiffusionKernels {

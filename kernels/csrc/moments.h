@@ -24,16 +24,9 @@ struct Moments {
   double squares() const { return within + second - first * first / count; }
 };
 
-// Add a run, which is short enough to be read again from the first-level cache.
+// Add a run, seen from `shift`: a number near its mean, from which a run of equal numbers has no deviation where it is theirs.
 template <class T>
-inline void merge_run(const T* x, int64_t length, Moments* moments) {
-  Floats total[4] = {};
-  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
-    Floats value[step.count];
-    load_step<false>(step, x + i, n, value);
-    for (int k = 0; k < step.count; ++k) total[k] += value[k];
-  });
-  const float shift = sum_of_lanes(sum(total)) / static_cast<float>(length);
+inline void merge_run_around(float shift, const T* x, int64_t length, Moments* moments) {
   Floats deviations[4] = {}, squares[4] = {};
   for_vectors(length, [&](auto step, int64_t i, int64_t n) {
     Floats value[step.count];
@@ -46,6 +39,18 @@ inline void merge_run(const T* x, int64_t length, Moments* moments) {
     }
   });
   moments->merge(static_cast<double>(length), shift, sum_of_lanes(sum(deviations)), sum_of_lanes(sum(squares)));
+}
+
+// Add a run, seen from its mean; it is short enough to be read again from the first-level cache.
+template <class T>
+inline void merge_run(const T* x, int64_t length, Moments* moments) {
+  Floats total[4] = {};
+  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
+    Floats value[step.count];
+    load_step<false>(step, x + i, n, value);
+    for (int k = 0; k < step.count; ++k) total[k] += value[k];
+  });
+  merge_run_around(sum_of_lanes(sum(total)) / static_cast<float>(length), x, length, moments);
 }
 
 }  // namespace soda::SODA_ISA

@@ -109,15 +109,15 @@ inline void loss_in(const Loss& call, int64_t first_tile, int64_t last_tile) {
                   [&](int64_t sample, const Philox& philox, int64_t place, int64_t places, int64_t element) {
     const int64_t length = places * images.channels;
     const float* const normal = call.target == Target::x0 ? nullptr : noise.draw(philox, place, places);
-    const float* const target = target_of(call.target, static_cast<const X0*>(call.x0.data) + element, normal,
-                                          call.alpha[sample], call.sigma[sample], length, room);
+    const X0* const x0 = call.target == Target::eps ? nullptr : static_cast<const X0*>(call.x0.data) + element;
+    const float* const target = target_of(call.target, x0, normal, call.alpha[sample], call.sigma[sample], length, room);
     const T* const prediction = static_cast<const T*>(call.prediction.data) + element;
-    T* const gradient = static_cast<T*>(call.gradient) + element;
+    T* const gradient = call.gradient ? static_cast<T*>(call.gradient) + element : nullptr;
     const float factor = call.gradient ? call.factor[sample] : 0.0f;
-    double* const squares = call.squares + sample * images.tiles_of_sample() + place / images.tile;
+    const int64_t tile = sample * images.tiles_of_sample() + place / images.tile;
     if (!call.squares) compare<false, true>(prediction, target, factor, gradient, length);
-    else if (call.gradient) *squares = compare<true, true>(prediction, target, factor, gradient, length);
-    else *squares = compare<true, false>(prediction, target, factor, gradient, length);
+    else if (gradient) call.squares[tile] = compare<true, true>(prediction, target, factor, gradient, length);
+    else call.squares[tile] = compare<true, false>(prediction, target, factor, gradient, length);
   });
 }
 

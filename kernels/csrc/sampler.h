@@ -34,7 +34,7 @@ inline void sampler_step_in(const SamplerStep& call, int64_t first_tile, int64_t
           for (int k = 0; k < count; ++k) clean[k] = guided(clean[k], other[k], call.cfg_scale) * rescale;
         }
         if (!call.x0_is_prediction) {
-          for (int k = 0; k < count; ++k) clean[k] = clean[k] * call.x0_of_prediction + noisy[k] * call.x0_of_x_t;
+          for (int k = 0; k < count; ++k) clean[k] = (noisy[k] * call.signal - clean[k] * call.noise_of_x_t) * call.gain;
         }
         for (int k = 0; k < count; ++k) {
           clean[k] = at_most(call.clip, at_least(-call.clip, clean[k]));
@@ -73,6 +73,7 @@ inline void deviations_in(const SamplerStep& call, int64_t first_sample, int64_t
   const int64_t elements = call.images.elements();
   for (int64_t sample = first_sample; sample < last_sample; ++sample) {
     Moments of_cond, of_both;
+    float cond_shift = 0.0f, both_shift = 0.0f;  // the first number: of a sample that does not vary nothing is left
     for (int64_t first = 0; first < elements; first += run) {
       const int64_t length = elements - first < run ? elements - first : run, at = sample * elements + first;
       for_vectors(length, [&](auto step, int64_t i, int64_t n) {
@@ -83,8 +84,9 @@ inline void deviations_in(const SamplerStep& call, int64_t first_sample, int64_t
           store_lanes<step.whole>(both + i, guided(value, other, call.cfg_scale), n);
         }
       });
-      merge_run(cond, length, &of_cond);
-      merge_run(both, length, &of_both);
+      if (first == 0) cond_shift = cond[0], both_shift = both[0];
+      merge_run_around(cond_shift, cond, length, &of_cond);
+      merge_run_around(both_shift, both, length, &of_both);
     }
     call.deviations[2 * sample] = of_cond.squares(), call.deviations[2 * sample + 1] = of_both.squares();
   }
