@@ -10,8 +10,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from soda_kernels import philox_normal, philox_uniform
+from soda_kernels import philox_normal, philox_uniform, use_backend
 from soda_kernels._philox import STREAMS, philox4x32
+from tests.harness.interpreter import require_interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    require_interpreter()
 
 SIGNIFICANT = 1e-3
 
@@ -144,17 +149,36 @@ def test_small_and_empty_shapes(shape: tuple[int, ...]) -> None:
         assert draw(shape, seed=0, sample_ids=range(shape[0])).shape == shape
 
 
-# Statistics, on one million draws of 1000 samples
+# Statistics, on one million draws of 1000 samples, by every implementation
+
+IMPLEMENTATIONS = ["reference", "device", "triton"]
 
 
-@pytest.fixture(scope="module")
-def normals() -> np.ndarray:
-    return philox_normal((1000, 1000), seed=0, sample_ids=range(1000), dtype=torch.float64).numpy()
+def million(implementation: str, *, normal: bool) -> np.ndarray:
+    """Draw fp32 numbers, fp64 normals of the reference: "device" is a CPU's, "triton" a GPU's or the interpreter's."""
+    if implementation == "triton":
+        from soda_kernels.diffusion.triton_impl import plan_philox
+
+        key = (x.to(DEVICE) for x in (torch.tensor(0), torch.arange(1000), torch.tensor(0)))
+        (drawn,) = plan_philox(*key, 1000, STREAMS["noise"], torch.float32, normal=normal).run()
+        return drawn.double().cpu().numpy()
+    draw = philox_normal if normal else philox_uniform
+    if implementation == "device":
+        return draw((1000, 1000), seed=0, sample_ids=range(1000)).double().numpy()
+    dtype = torch.float64 if normal else torch.float32
+    with use_backend("reference"):
+        return draw((1000, 1000), seed=0, sample_ids=range(1000), dtype=dtype).double().numpy()
 
 
-@pytest.fixture(scope="module")
-def uniforms() -> np.ndarray:
-    return philox_uniform((1000, 1000), seed=0, sample_ids=range(1000)).numpy()
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def normals(request: pytest.FixtureRequest) -> np.ndarray:
+    return million(request.param, normal=True)
+
+
+# Triton's uniforms are the reference's bit for bit, which its own tests show.
+@pytest.fixture(scope="module", params=["reference", "device"])
+def uniforms(request: pytest.FixtureRequest) -> np.ndarray:
+    return million(request.param, normal=False)
 
 
 def test_normals_pass_kolmogorov_smirnov(normals: np.ndarray) -> None:
