@@ -66,10 +66,9 @@ def sample(
     if graphed is None:
         graphed = on_gpu and num_steps >= _FEWEST_STEPS_GRAPHED and not torch.cuda.is_current_stream_capturing()
     x, x0 = x_T.clone(), torch.zeros_like(x_T) if method == "dpmpp_2m" else None
-    device_seed = seed if isinstance(seed, Tensor) else torch.full((), _wrapped(seed), device=x.device)
     options = {
         "method": method, "target": target, "cfg_scale": cfg_scale, "eta": eta, "clip_x0": clip_x0,
-        "seed": device_seed, "sample_ids": sample_ids,
+        "seed": seed, "sample_ids": sample_ids,
     }  # fmt: skip
     advance: Callable[[], None] = partial(_advance, denoise, schedule, _Position(indices, x.device), x, x0, options)
     with tqdm(total=num_steps, desc="sampling", disable=not progress) as bar:
@@ -147,8 +146,3 @@ def _captured(advance: Callable[[], None]) -> Callable[[], None]:
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"the step cannot be captured as a CUDA graph ({reason}); pass graphed=False") from error
     return graph.replay
-
-
-def _wrapped(seed: int) -> int:
-    """Bring a seed into the range of int64, modulo 2^64."""
-    return (seed + 2**63) % 2**64 - 2**63

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from soda_engine.train.checkpoint import (
     set_aside,
 )
 from soda_engine.train.ema import Ema
+from soda_engine.train.interruption import noted_interruption
 from soda_engine.train.logging import RunLog
 from soda_engine.train.milestones import draw_first_images, probe_latents
 from soda_engine.train.optim import (
@@ -131,7 +130,7 @@ class Trainer:
         )  # fmt: skip
         start, window = time.monotonic(), (progress.images, progress.seconds)
         interrupted = out_of_time = False
-        with _interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
+        with noted_interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
             if 0 < progress.images < config.total_images:
                 log.say(f"resuming {self.run} at {progress.images:,} images")
             batches = self._batches()
@@ -385,26 +384,3 @@ class Trainer:
                 print(f"{problem}; set aside, going on from the one before", file=sys.stderr)
                 set_aside(folder)
         self._damaged = []
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event; the second acts as usual. Only in the main thread."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        event.set()
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
