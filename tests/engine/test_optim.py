@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,14 @@ from torch import nn
 from soda_engine.config import OptimConfig
 from soda_engine.models.soda import Soda
 from soda_engine.train.ema import Ema
-from soda_engine.train.optim import build_optimizer, learning_rate_factor, set_learning_rate, split_by_decay
+from soda_engine.train.optim import (
+    Statistics,
+    build_optimizer,
+    clip_and_step,
+    learning_rate_factor,
+    set_learning_rate,
+    split_by_decay,
+)
 from tests.engine.tiny import tiny_model
 
 
@@ -70,7 +79,7 @@ def test_ema_follows_the_formula() -> None:
     ema, expected = Ema(model, decay=0.5), 0.0
     for step in range(20):
         nn.init.constant_(model.weight, float(step))
-        ema.update(model, step)
+        ema.update(model)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert float(ema.model.weight) == pytest.approx(expected, rel=1e-6)
@@ -80,8 +89,71 @@ def test_ema_copies_buffers_and_trains_nothing() -> None:
     model = nn.BatchNorm2d(3)
     ema = Ema(model, decay=0.999)
     model(torch.randn(4, 3, 2, 2) + 5)
-    ema.update(model, 0)
+    ema.update(model)
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert int(ema.model.num_batches_tracked) == 1
     assert not ema.model.training
     assert not any(p.requires_grad for p in ema.model.parameters())
+
+
+def test_ema_skips_an_update_and_does_not_count_it() -> None:
+    model = nn.Linear(3, 2)
+    skipped, plain = Ema(model, decay=0.9), Ema(model, decay=0.9)
+    for value in (1.0, 2.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        before = skipped.model.weight.clone()
+        skipped.update(model, torch.tensor(1.0))
+        assert torch.equal(skipped.model.weight, before)
+        skipped.update(model, torch.tensor(0.0))
+        plain.update(model)
+        assert torch.equal(skipped.model.weight, plain.model.weight)
+    assert float(skipped.num_updates) == 3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("scale", [0.01, 100.0], ids=["inside", "clipped"])
+def test_a_step_with_the_clip_in_it_is_a_clip_and_a_step(scale: float, layout: torch.memory_format) -> None:
+    models = [Soda(tiny_model()).to(memory_format=layout) for _ in range(2)]  # type: ignore[call-overload]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_optimizer(model, OptimConfig(lr=1e-2)) for model in models]
+    for _ in range(3):
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            one.grad = scale * torch.randn_like(one)
+            other.grad = one.grad.clone(memory_format=torch.preserve_format)
+        norm = nn.utils.get_total_norm([p.grad for p in models[0].parameters() if p.grad is not None])
+        clip_and_step(optimizers[0], norm, 1.0, torch.tensor(0.0))
+        nn.utils.clip_grad_norm_(models[1].parameters(), 1.0)
+        optimizers[1].step()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_skipped_step_changes_neither_weights_nor_moments() -> None:
+    model = Soda(tiny_model())
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+
+    def step(value: float, skip: float) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        clip_and_step(optimizer, torch.tensor(value), 1.0, torch.tensor(skip))
+
+    step(0.5, 0.0)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    step(float("nan"), 1.0)
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
+    step(0.5, 0.0)
+    assert not torch.equal(next(model.parameters()), before[0]["encoder.conv1.weight"])
+
+
+def test_statistics_are_put_back_where_a_step_is_skipped_alone() -> None:
+    norm = nn.BatchNorm2d(3)
+    statistics = Statistics(norm)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    kept = statistics.copy()
+    norm(torch.full((2, 3, 2, 2), float("nan")))
+    statistics.undo(kept, torch.tensor(1.0))
+    assert all(torch.equal(value, before[name]) for name, value in norm.named_buffers())
+    kept = statistics.copy()
+    norm(torch.randn(2, 3, 2, 2))
+    statistics.undo(kept, torch.tensor(0.0))
+    assert int(norm.num_batches_tracked) == 1 and not torch.equal(norm.running_mean, before["running_mean"])

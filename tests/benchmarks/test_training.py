@@ -1,0 +1,62 @@
+"""What a training step would launch and move on a GPU, counted where the answer can be worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.training.launches import LEAST_US, Launches, multi_tensor_launches
+from benchmarks.training.optimizer import rows
+from benchmarks.training.phases import gpu_rows
+from soda_engine.presets import PRESETS
+from tests.harness.host_sync import HostSyncError
+
+
+def test_bytes_are_inputs_read_and_outputs_written() -> None:
+    x, row = torch.empty(1000, 8, device="meta"), torch.empty(8, device="meta")
+    with Launches() as counted:
+        y = x * row  # reads 32000 + 32, writes 32000
+        y.add_(row.expand(1000, 8))  # the same, since an expanded tensor is as small as what it repeats
+        y.view(8, 1000).t()  # nothing
+    assert (counted.launches, counted.num_bytes) == (2, 2 * (32000 + 32 + 32000))
+    assert counted.us == 2 * LEAST_US
+
+
+def test_flops_and_the_time_of_a_large_product() -> None:
+    a, b = torch.empty(4096, 4096, device="meta"), torch.empty(4096, 4096, device="meta")
+    with Launches() as counted:
+        a @ b
+    assert counted.flops == 2 * 4096**3
+    assert counted.us == pytest.approx(1e6 * 2 * 4096**3 / 790e12)
+
+
+def test_waiting_is_an_error() -> None:
+    with Launches(), pytest.raises((HostSyncError, RuntimeError)):
+        torch.empty(3, device="meta").sum().item()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lists", "launches"),
+    [
+        ([10] * 110, 1, 1), ([10] * 111, 1, 2), ([10] * 36, 4, 1), ([10] * 73, 4, 3), ([65536 * 320], 2, 1),
+        ([65536 * 320 + 1], 2, 2), ([65536 * 200] * 3, 2, 2),
+    ],
+)  # fmt: skip
+def test_lists_of_tensors_go_in_few_launches(sizes: list[int], lists: int, launches: int) -> None:
+    tensors = [torch.empty(size, device="meta") for size in sizes]
+    assert multi_tensor_launches([tensors] * lists) == launches
+
+
+def test_ways_to_step_an_optimizer() -> None:
+    units = {row["way"]: row["units"] for row in rows("digits", seconds=0)}
+    # Norm 1, step 4 + 3, clip 1 + 1, average 2 + 1; the engine's clip writes gradients and is no pass of its own.
+    assert units["fused AdamW, clip and EMA foreach"] == pytest.approx(13, rel=0.01)
+    assert units["engine: fused AdamW with clip, fused EMA"] == pytest.approx(12, rel=0.01)
+    assert units["for-loop"] > units["fused AdamW, clip and EMA foreach"]
+
+
+def test_phases_of_a_step() -> None:
+    found = {row["phase"]: row for row in gpu_rows(PRESETS["digits"])}
+    assert list(found) == ["views", "forward", "backward", "optimizer, EMA"]
+    assert sum(row["share"] for row in found.values()) == pytest.approx(1)
+    assert found["backward"]["flops"] == pytest.approx(2 * found["forward"]["flops"], rel=0.1)
