@@ -8,7 +8,9 @@ from soda_kernels._backend import explain, use_backend
 from soda_kernels._flops import register_flop_formulas
 from soda_kernels._native import native_status
 from soda_kernels.attention.api import attention, attention_qkvpacked
-from soda_kernels.diffusion.api import add_noise, denoising_loss, philox_normal, philox_uniform, sampler_step
+from soda_kernels.diffusion.api import add_noise, denoising_loss
+from soda_kernels.diffusion.api_random import draw_step_index, philox_normal, philox_uniform
+from soda_kernels.diffusion.api_sampler import sampler_step
 from soda_kernels.diffusion.schedule import NoiseSchedule
 from soda_kernels.group_norm.api import ModulatedGroupNorm, modulated_group_norm
 
@@ -19,6 +21,7 @@ __all__ = [
     "attention",
     "attention_qkvpacked",
     "denoising_loss",
+    "draw_step_index",
     "explain",
     "modulated_group_norm",
     "native_status",

@@ -16,12 +16,13 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_float_tensor(name: str, value: object, *, min_ndim: int = 0) -> None:
-    """Require a floating-point tensor of at least `min_ndim` dimensions."""
+def check_float_tensor(name: str, value: object, *, min_ndim: int = 0, or_uint8: bool = False) -> None:
+    """Require a floating-point tensor, or one of bytes where they may be, of at least `min_ndim` dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
-    if value.dtype not in FLOAT_DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+    if value.dtype not in FLOAT_DTYPES and not (or_uint8 and value.dtype == torch.uint8):
+        dtypes = (*FLOAT_DTYPES, torch.uint8) if or_uint8 else FLOAT_DTYPES
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} has dtype {value.dtype}; accepted are {accepted}")
     if value.layout != torch.strided:
         raise TypeError(f"{name} has layout {value.layout}; it must be a dense tensor")

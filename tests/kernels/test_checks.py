@@ -178,7 +178,7 @@ KEYED = [
 ]
 ADD_NOISE = [
     ({"x0": "image"}, TypeError, "x0 is a str; it must be a tensor"),
-    ({"x0": (X * 255).byte()}, TypeError, "x0 has dtype torch.uint8; accepted are"),
+    ({"x0": X.long()}, TypeError, "x0 has dtype torch.int64; accepted are float32, .*, float64, uint8"),
     ({"x0": torch.randn(3)}, ValueError, r"x0 has shape \(3,\); it must have at least 2 dimensions"),
 ]
 LOSS = [

@@ -33,15 +33,15 @@ def plans(shape: tuple[int, ...], layout: torch.memory_format) -> list[Any]:
     key = (scalar, ids, scalar)
     found = [
         triton_impl.plan_philox(*key, 4096, _philox.STREAMS["noise"], torch.bfloat16, normal=True),
-        triton_impl.plan_add_noise(image(), index, table, table, *key),
+        triton_impl.plan_add_noise(image(), index, table, table, *key, "uniform", 0, 1, torch.bfloat16),
     ]
     for target in ("eps", "v", "x0"):
         loss = (image(), image(), index, table, table, table if target == "v" else None, *key, target)
-        found += [triton_impl.plan_denoising_loss(*loss), triton_impl.plan_denoising_loss_backward(dloss, *loss)]
+        found += [triton_impl.plan_denoising_loss(*loss, False), triton_impl.plan_denoising_loss_backward(dloss, *loss)]
     for method, eta in (("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp_2m", 0.0)):
         second = method == "dpmpp_2m"
         found.append(triton_impl.plan_sampler_step(
-            image(), image(), image(), table, table, table, scalar, scalar, method, "v", 2.0, eta, 1.0,
+            image(), image(), image(), table, table, table, scalar, scalar, method, "v", 2.0, eta, 1.0, 0.0,
             image() if second else None, scalar if second else None, scalar, ids,
         ))  # fmt: skip
     return found

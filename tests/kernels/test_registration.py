@@ -41,7 +41,7 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
     qkv = torch.randn(2, 5, 3, 3, 8)
     images = channels_last(3, 2, 4, 3)
     index, table, key = torch.tensor([1, 19, 4]), torch.rand(20), noise_arguments(3)
-    half = images.bfloat16()
+    half, octets = images.bfloat16(), (images * 50 + 128).byte()
     tables = SCHEDULE.alpha, SCHEDULE.sigma, SCHEDULE.logsnr
     here, there = torch.tensor(9), torch.tensor(-1)
     return {
@@ -72,21 +72,33 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
         "attention_qkvpacked_backward": [("fp32", (o, qkv, o, lse, 0.3, None))],
         "philox_normal": [("fp32", (*key, 7, 1, torch.float32)), ("bf16", (*key, 8, 4, torch.bfloat16))],
         "philox_uniform": [("fp64", (*key, 7, 1, torch.float64))],
-        "add_noise": [("fp32", (images, index, *tables[:2], *key)), ("bf16", (half, index, *tables[:2], *key))],
+        "draw_step_index": [
+            (sampling, (*key, 20, sampling, 1, 4)) for sampling in ("uniform", "stratified", "logit_normal")
+        ],
+        "add_noise": [
+            ("fp32", (images, index, *tables[:2], *key, "uniform", 0, 1, torch.float32)),
+            ("bf16", (half, index, *tables[:2], *key, "uniform", 0, 1, torch.float32)),
+            ("drawn", (images, None, *tables[:2], *key, "logit_normal", 0, 1, torch.bfloat16)),
+            ("bytes", (octets, None, *tables[:2], *key, "stratified", 1, 4, torch.float16)),
+        ],
         "add_noise_backward": [("fp32", (images, index, table)), ("bf16", (half, index, table))],
         "denoising_loss": [
-            ("mixed", (half, images, index, *tables[:2], table, *key, "v")),
-            ("x0", (images, images, index, *tables[:2], None, *key, "x0")),
+            ("mixed", (half, images, index, *tables[:2], table, *key, "v", False)),
+            ("x0", (images, images, index, *tables[:2], None, *key, "x0", True)),
+            ("bytes", (half, octets, index, *tables[:2], table, *key, "v", True)),
         ],
         "denoising_loss_backward": [
             ("mixed", (torch.randn(3), half, images, index, *tables[:2], table, *key, "eps")),
+            ("bytes", (torch.randn(3), images, octets, index, *tables[:2], None, *key, "v")),
         ],
+        "scale_samples": [("fp32", (images, torch.randn(3))), ("bf16", (half, torch.randn(3)))],
         "sampler_step": [
-            ("ddim", (images, images, half.float(), *tables, here, there, "ddim", "eps", 2.0, 0.5, 1.0, None, None,
+            ("ddim", (images, images, half.float(), *tables, here, there, "ddim", "eps", 2.0, 0.5, 1.0, 0.7, None, None,
                       seed, seeds)),
-            ("ddpm", (half, half, None, *tables, here, there, "ddpm", "v", 1.0, 0.0, None, None, None, seed, seeds)),
-            ("dpmpp", (images, images, None, *tables, here, torch.tensor(2), "dpmpp_2m", "x0", 1.0, 0.0, None, images,
-                       torch.tensor(12), None, None)),
+            ("ddpm", (half, half, None, *tables, here, there, "ddpm", "v", 1.0, 0.0, None, 0.0, None, None, seed,
+                      seeds)),
+            ("dpmpp", (images, images, None, *tables, here, torch.tensor(2), "dpmpp_2m", "x0", 1.0, 0.0, None, 0.0,
+                       images, torch.tensor(12), None, None)),
         ],
     }  # fmt: skip
 

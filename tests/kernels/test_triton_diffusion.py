@@ -35,6 +35,8 @@ TILES = {
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+# How step indices are drawn where they are given.
+GIVEN = ("uniform", 0, 1)
 tiles = pytest.mark.parametrize("tile", ["one", "several"])
 
 
@@ -87,8 +89,10 @@ def test_uniforms_are_the_references_bit_for_bit(num: int) -> None:
 def test_add_noise(layout: str, shape: tuple[int, ...], dtype: torch.dtype, tile: str) -> None:
     from soda_kernels.diffusion.triton_impl import plan_add_noise
 
-    arguments = (image(shape, layout, dtype), steps_of(shape), SCHEDULE.alpha, SCHEDULE.sigma, *key(shape[0]))
-    assert_close(plan_add_noise(*arguments, config=TILES[tile]).run()[0], reference.add_noise(*arguments))
+    arguments = (
+        image(shape, layout, dtype), steps_of(shape), SCHEDULE.alpha, SCHEDULE.sigma, *key(shape[0]), *GIVEN, dtype
+    )  # fmt: skip
+    assert_close(plan_add_noise(*arguments, config=TILES[tile]).run()[0], reference.add_noise(*arguments)[0])
 
 
 @pytest.mark.parametrize("target", reference.TARGETS)
@@ -108,8 +112,8 @@ def test_denoising_loss(
         image(shape, layout, torch.float16), image(shape, x0_layout), steps_of(shape), SCHEDULE.alpha, SCHEDULE.sigma,
         weights, *key(shape[0], steps=weighted), target,
     )  # fmt: skip
-    loss = plan_denoising_loss(*arguments, config=tile).run()[0]
-    assert_close(loss, reference.denoising_loss(*arguments))
+    loss = plan_denoising_loss(*arguments, False, config=tile).run()[0]
+    assert_close(loss, reference.denoising_loss(*arguments, False)[0])
     dloss = torch.randn(2 * shape[0], device=DEVICE)[::2]
     gradient = plan_denoising_loss_backward(dloss, *arguments, config=tile).run()[0]
     assert_close(gradient, reference.denoising_loss_backward(dloss, *arguments))
@@ -128,7 +132,7 @@ def test_sampler_step(layout: str, method: str, target: str, indices: tuple[int,
     arguments = (
         image(shape, layout), image(shape, "nchw"), image(shape, layout) if guided else None, SCHEDULE.alpha,
         SCHEDULE.sigma, SCHEDULE.logsnr, *(torch.tensor(index, device=DEVICE) for index in indices), method, target,
-        1.5 if guided else 1.0, 0.5 if method == "ddim" else 0.0, 1.0 if target == "v" else None,
+        1.5 if guided else 1.0, 0.5 if method == "ddim" else 0.0, 1.0 if target == "v" else None, 0.0,
         image(shape, layout) if second else None, torch.tensor(60, device=DEVICE) if second else None,
         *key(shape[0])[:2],
     )  # fmt: skip
@@ -143,7 +147,7 @@ def test_an_index_beyond_the_table_gives_nan_and_reads_nothing() -> None:
 
     x0 = image((2, 3, 4, 4), "nchw")
     index = torch.tensor([100, 5], device=DEVICE)
-    (x_t,) = plan_add_noise(x0, index, SCHEDULE.alpha, SCHEDULE.sigma, *key(2)).run()
+    x_t, _ = plan_add_noise(x0, index, SCHEDULE.alpha, SCHEDULE.sigma, *key(2), *GIVEN, torch.float32).run()
     assert x_t[0].isnan().all() and x_t[1].isfinite().all()
 
 
@@ -156,13 +160,13 @@ def plans(shape: tuple[int, ...], layout: str, tile: str) -> list[tuple[Any, lis
     config = TILES[tile]
     step = [torch.tensor(number, device=DEVICE) for number in (50, 40, 60)]
     dloss = torch.randn(shape[0], device=DEVICE)
-    noising = [x0, index, *tables, *own_key]
+    noising = [x0, index, *tables, *own_key, *GIVEN, torch.float32]
     loss = [prediction, x0, index, *tables, SCHEDULE.sigma, *own_key, "v"]
-    sampling = [x0, prediction, uncond, *tables, SCHEDULE.logsnr, *step[:2], "dpmpp_2m", "v", 2.0, 0.0, 1.0, previous,
-                step[2], None, None]  # fmt: skip
+    sampling = [x0, prediction, uncond, *tables, SCHEDULE.logsnr, *step[:2], "dpmpp_2m", "v", 2.0, 0.0, 1.0, 0.0,
+                previous, step[2], None, None]  # fmt: skip
     return [
         (triton_impl.plan_add_noise(*noising, config=config), noising, 2),
-        (triton_impl.plan_denoising_loss(*loss, config=config), loss, 2),
+        (triton_impl.plan_denoising_loss(*loss, False, config=config), loss, 2),
         (triton_impl.plan_denoising_loss_backward(dloss, *loss, config=config), [dloss, *loss], 3),
         (triton_impl.plan_sampler_step(*sampling, config=config), sampling, 6),
     ]  # fmt: skip

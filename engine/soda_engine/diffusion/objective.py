@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soda_engine.models.modulation import draw_section_mask
-from soda_kernels import NoiseSchedule, add_noise, denoising_loss, philox_uniform
+from soda_kernels import NoiseSchedule, add_noise, denoising_loss
 
 if TYPE_CHECKING:
     from soda_engine.models.soda import Soda
@@ -54,21 +54,12 @@ def denoising_losses(
     latent, diffusion = model.config.latent, model.config.diffusion
     key: dict[str, Any] = {"seed": seed, "sample_ids": sample_ids, "step": step}
     z = model.encoder(source)
-    step_index = draw_step_index(model.schedule, **key)
-    x_t = add_noise(target_view, step_index, model.schedule, **key)
+    x_t, step_index = add_noise(target_view, None, model.schedule, **key)
     mask = draw_section_mask(model.num_sections, latent.drop_all, latent.drop_section, **key)
     prediction = model.denoise(x_t, step_index, z, section_mask=mask, dropout_seed=dropout_keys(**key))
     return denoising_loss(
         prediction, target_view, step_index, model.schedule, target=diffusion.target, weights=model.loss_weights, **key
     )
-
-
-def draw_step_index(
-    schedule: NoiseSchedule, *, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor
-) -> Tensor:
-    """Draw [N] step indices, uniform over the schedule."""
-    uniforms = philox_uniform((len(sample_ids),), seed=seed, sample_ids=sample_ids, step=step, stream="timestep")
-    return (uniforms * schedule.num_steps).long().clamp_(max=schedule.num_steps - 1)
 
 
 def dropout_keys(*, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor) -> Tensor:

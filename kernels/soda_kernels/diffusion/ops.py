@@ -13,8 +13,8 @@ from soda_kernels._library import Describe, define
 from soda_kernels.diffusion import reference
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=image_memory_format(x))
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=image_memory_format(x))
 
 
 def _fake_philox(
@@ -23,21 +23,30 @@ def _fake_philox(
     return sample_ids.new_empty((sample_ids.shape[0], num), dtype=dtype)
 
 
-def _fake_loss(prediction: Tensor, x0: Tensor, *_: Any) -> Tensor:
+def _fake_add_noise(x0: Tensor, step_index: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    sample_ids, dtype = rest[3], rest[-1]
+    return _empty_like(x0, dtype), sample_ids.new_empty(x0.shape[0] if step_index is None else 0)
+
+
+def _fake_loss(prediction: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, x0.dtype), torch.float32)
-    return prediction.new_empty(prediction.shape[0], dtype=dtype)
+    loss = prediction.new_empty(prediction.shape[0], dtype=dtype)
+    return loss, _empty_like(prediction) if rest[-1] else prediction.new_empty(0)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _unsupported(*images: Tensor | None) -> str | None:
-    """Say why the Triton kernels cannot take a call with these images, or None if they can."""
+def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
+    """Say why the Triton kernels cannot take a call with these images, or images of these dtypes; None if they can."""
     for image in images:
         if image is None:
             continue
-        if image.dtype not in _KERNEL_DTYPES:
-            return f"the kernels take fp32, bf16 and fp16, not {str(image.dtype).removeprefix('torch.')}"
+        dtype = image if isinstance(image, torch.dtype) else image.dtype
+        if dtype not in (*_KERNEL_DTYPES, torch.uint8):
+            return f"the kernels take fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
+        if isinstance(image, torch.dtype):
+            continue
         if image.numel() == 0:
             return "nothing to compute"
         if image[0].numel() >= 2**31:
@@ -45,11 +54,13 @@ def _unsupported(*images: Tensor | None) -> str | None:
     return None
 
 
-def _gpu(name: str, images: Callable[..., tuple[Tensor | None, ...]]) -> tuple[Callable[..., Any], Describe]:
+def _gpu(
+    name: str, images: Callable[..., tuple[Tensor | torch.dtype | None, ...]]
+) -> tuple[Callable[..., Any], Describe]:
     """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells which.
 
     Args:
-        images: picks those of the op's arguments that the kernels must be able to take.
+        images: picks those of the op's arguments that the kernels must be able to take, tensors and dtypes.
     """
 
     def run(*args: Any) -> Any:
@@ -84,7 +95,7 @@ def _describe_philox(device_type: str, *args: Any) -> tuple[str, dict[str, Any],
     return ("triton", {}, "blocks of numbers") if dtype in _KERNEL_DTYPES else ("reference", {}, "fp64 is its alone")
 
 
-_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *_: (x0,))
+_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *rest: (x0, rest[-1]))
 _LOSS, _DESCRIBE_LOSS = _gpu("denoising_loss", lambda prediction, x0, *_: (prediction, x0))
 _LOSS_BACKWARD, _DESCRIBE_LOSS_BACKWARD = _gpu(
     "denoising_loss_backward", lambda dloss, prediction, x0, *_: (prediction, x0)
@@ -106,10 +117,18 @@ define(
     describe=_describe_philox,
 )  # fmt: skip
 define(
+    "draw_step_index",
+    "(Tensor seed, Tensor sample_ids, Tensor step, int num_steps, str sampling, int first_stratum, int num_strata) "
+    "-> Tensor",
+    reference=reference.draw_step_index,
+    fake=lambda seed, sample_ids, *_: torch.empty_like(sample_ids),
+)
+define(
     "add_noise",
-    "(Tensor x0, Tensor step_index, Tensor alpha, Tensor sigma, Tensor seed, Tensor sample_ids, Tensor step) -> Tensor",
+    "(Tensor x0, Tensor? step_index, Tensor alpha, Tensor sigma, Tensor seed, Tensor sample_ids, Tensor step, "
+    "str sampling, int first_stratum, int num_strata, ScalarType dtype) -> (Tensor, Tensor)",
     reference=reference.add_noise,
-    fake=lambda x0, *_: _empty_like(x0),
+    fake=_fake_add_noise,
     gpu=_ADD_NOISE,
     describe=_DESCRIBE_ADD_NOISE,
 )
@@ -121,7 +140,7 @@ define(
 )
 define(
     "denoising_loss",
-    f"({_LOSS_ARGUMENTS}) -> Tensor",
+    f"({_LOSS_ARGUMENTS}, bool save_gradient) -> (Tensor, Tensor)",
     reference=reference.denoising_loss,
     fake=_fake_loss,
     gpu=_LOSS,
@@ -136,10 +155,16 @@ define(
     describe=_DESCRIBE_LOSS_BACKWARD,
 )
 define(
+    "scale_samples",
+    "(Tensor gradient, Tensor dloss) -> Tensor",
+    reference=reference.scale_samples,
+    fake=lambda gradient, *_: _empty_like(gradient),
+)
+define(
     "sampler_step",
     "(Tensor x_t, Tensor cond, Tensor? uncond, Tensor alpha, Tensor sigma, Tensor logsnr, Tensor step_index, "
-    "Tensor next_index, str method, str target, float cfg_scale, float eta, float? clip_x0, Tensor? previous_x0, "
-    "Tensor? previous_index, Tensor? seed, Tensor? sample_ids) -> (Tensor, Tensor)",
+    "Tensor next_index, str method, str target, float cfg_scale, float eta, float? clip_x0, float guidance_rescale, "
+    "Tensor? previous_x0, Tensor? previous_index, Tensor? seed, Tensor? sample_ids) -> (Tensor, Tensor)",
     reference=reference.sampler_step,
     fake=lambda x_t, *_: (_empty_like(x_t), _empty_like(x_t)),
     gpu=_SAMPLER_STEP,

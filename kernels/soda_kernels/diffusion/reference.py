@@ -1,7 +1,7 @@
 """Noising, the denoising loss and sampler steps in plain PyTorch: the definition of the ops.
 
 Noise is regenerated from its counter wherever it is needed and never returned. Arithmetic is in fp32, or in fp64 where
-the images are fp64.
+the images are fp64. Clean images may be bytes, which stand for x / 127.5 - 1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from soda_kernels._checks import image_memory_format
 
 TARGETS = ("eps", "v", "x0")
 METHODS = ("ddpm", "ddim", "dpmpp_2m")
+SAMPLINGS = ("uniform", "stratified", "logit_normal")
+SHARED_ID = 2**56 - 1
+"""The sample id of a draw that all samples of a step have in common."""
 
 
 def philox_normal(seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, stream: int, dtype: torch.dtype) -> Tensor:
@@ -26,13 +29,40 @@ def philox_uniform(seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, str
     return _philox.uniform(num, seed, sample_ids, step, stream, dtype).contiguous()
 
 
-def add_noise(
-    x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, step: Tensor
+def draw_step_index(
+    seed: Tensor, sample_ids: Tensor, step: Tensor, num_steps: int, sampling: str, first_stratum: int, num_strata: int
 ) -> Tensor:
-    """Return alpha * x0 + sigma * noise."""
+    """Return (N,) step indices in [0, num_steps), from the first block of each sample's stream "timestep"."""
+    stream = _philox.STREAMS["timestep"]
+    if sampling == "stratified":
+        # In integers, so that it is exact: the strata are equal parts of [0, 1), the samples take one each, and one
+        # rotation for all of them says which.
+        words = _philox.random_blocks(1, seed, sample_ids, step, stream)[:, 0, 0]
+        shared = _philox.random_blocks(1, seed, torch.full_like(seed.view(1), SHARED_ID), step, stream)[0, 0, 0]
+        place = torch.arange(len(sample_ids), device=sample_ids.device) + first_stratum
+        stratum = (place + (shared * num_strata >> 32)) % num_strata
+        return ((stratum << 24) + (words >> 8)) * num_steps // (num_strata << 24)
+    if sampling == "logit_normal":
+        # Esser et al. 2024 (SD3), section 3.1, with location 0 and scale 1.
+        share = _philox.normal(1, seed, sample_ids, step, stream, torch.float32)[:, 0].sigmoid()
+    else:
+        share = _philox.uniform(1, seed, sample_ids, step, stream, torch.float32)[:, 0]
+    # Beyond 2^24 steps the product can round up to num_steps.
+    return (share * num_steps).long().clamp_(max=num_steps - 1)
+
+
+def add_noise(
+    x0: Tensor, step_index: Tensor | None, alpha: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, step: Tensor,
+    sampling: str, first_stratum: int, num_strata: int, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return alpha * x0 + sigma * noise in `dtype`, and the step indices that were drawn, empty where they came."""
+    drawn = sample_ids.new_empty(0)
+    if step_index is None:
+        drawn = draw_step_index(seed, sample_ids, step, len(alpha), sampling, first_stratum, num_strata)
+        step_index = drawn
     alpha_n, sigma_n = (_per_sample(_look_up(table, step_index), x0) for table in (alpha, sigma))
     noise = _noise(x0, seed, sample_ids, step, "noise")
-    return _finish(_widen(x0) * alpha_n + noise * sigma_n, x0)
+    return _finish(_widen(x0) * alpha_n + noise * sigma_n, x0, dtype), drawn
 
 
 def add_noise_backward(dx_t: Tensor, step_index: Tensor, alpha: Tensor) -> Tensor:
@@ -42,12 +72,18 @@ def add_noise_backward(dx_t: Tensor, step_index: Tensor, alpha: Tensor) -> Tenso
 
 def denoising_loss(
     prediction: Tensor, x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor | None,
-    seed: Tensor, sample_ids: Tensor, step: Tensor, target: str,
-) -> Tensor:  # fmt: skip
-    """Return weight * mean((prediction - target)^2) for each sample."""
+    seed: Tensor, sample_ids: Tensor, step: Tensor, target: str, save_gradient: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return weight * mean((prediction - target)^2) of each sample, and its gradient, empty where it is not asked for.
+
+    The gradient is weight * 2 / M * (prediction - target), with M elements a sample.
+    """
     error = _error(prediction, x0, step_index, alpha, sigma, seed, sample_ids, step, target)
-    loss = error.square_().flatten(1).mean(1)
-    return loss if weights is None else loss * _look_up(weights, step_index).to(loss.dtype)
+    loss = error.square().flatten(1).mean(1)
+    loss = loss if weights is None else loss * _look_up(weights, step_index).to(loss.dtype)
+    if not save_gradient:
+        return loss, prediction.new_empty(0)
+    return loss, _loss_gradient(torch.ones_like(loss), error, prediction, weights, step_index)
 
 
 def denoising_loss_backward(
@@ -56,17 +92,19 @@ def denoising_loss_backward(
 ) -> Tensor:  # fmt: skip
     """Return dprediction = dloss * weight * 2 / M * (prediction - target), with M elements a sample."""
     error = _error(prediction, x0, step_index, alpha, sigma, seed, sample_ids, step, target)
-    factor = dloss.to(error.dtype) * (2 / max(1, prediction[:1].numel()))
-    if weights is not None:
-        factor = factor * _look_up(weights, step_index).to(error.dtype)
-    return _finish(error.mul_(_per_sample(factor, error)), prediction)
+    return _loss_gradient(dloss, error, prediction, weights, step_index)
+
+
+def scale_samples(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """Return dloss * gradient: the backward where the forward saved the gradient."""
+    return _finish(_widen(gradient) * _per_sample(dloss, gradient), gradient)
 
 
 def sampler_step(
     x_t: Tensor, cond: Tensor, uncond: Tensor | None, alpha: Tensor, sigma: Tensor, logsnr: Tensor,
     step_index: Tensor, next_index: Tensor, method: str, target: str, cfg_scale: float, eta: float,
-    clip_x0: float | None, previous_x0: Tensor | None, previous_index: Tensor | None, seed: Tensor | None,
-    sample_ids: Tensor | None,
+    clip_x0: float | None, guidance_rescale: float, previous_x0: Tensor | None, previous_index: Tensor | None,
+    seed: Tensor | None, sample_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return (x_next, x0)."""
     wide = _widen(x_t)
@@ -80,7 +118,8 @@ def sampler_step(
     prediction = _widen(cond)
     if uncond is not None:
         unconditional = _widen(uncond)
-        prediction = unconditional + cfg_scale * (prediction - unconditional)
+        guided = unconditional + cfg_scale * (prediction - unconditional)
+        prediction = _rescale(guided, prediction, guidance_rescale) if guidance_rescale else guided
     if target == "eps":
         x0 = (wide - sigma_t * prediction) / alpha_t
     elif target == "v":
@@ -112,6 +151,15 @@ def sampler_step(
     return _finish(x_next, x_t), _finish(x0, x_t)
 
 
+def _rescale(guided: Tensor, cond: Tensor, guidance_rescale: float) -> Tensor:
+    """Lin et al. 2024, equations 15 and 16, of each sample; one that does not vary is left as it is."""
+    cond_std, std = (
+        _per_sample(x.flatten(1).std(1, correction=0), x) for x in (cond, guided)
+    )  # fmt: skip
+    ratio = torch.where(std == 0, 1.0, cond_std / std)
+    return guided * (guidance_rescale * ratio + (1 - guidance_rescale))
+
+
 def _dpmpp_2m(
     x_t: Tensor, x0: Tensor, alpha_s: Tensor, sigma_t: Tensor, sigma_s: Tensor, logsnr: Tensor, step_index: Tensor,
     next_index: Tensor, clean: Tensor, previous_x0: Tensor | None, previous_index: Tensor | None,
@@ -137,12 +185,22 @@ def _error(
     """Return prediction - target as a new tensor."""
     wide = prediction.to(torch.promote_types(_compute_dtype(prediction), _compute_dtype(x0)))
     if target == "x0":
-        return wide - x0
+        return wide - _widen(x0)
     noise = _noise(x0, seed, sample_ids, step, "noise").to(wide.dtype)
     if target == "eps":
         return wide - noise
     alpha_n, sigma_n = (_per_sample(_look_up(table, step_index), x0).to(wide.dtype) for table in (alpha, sigma))
-    return wide - (alpha_n * noise - sigma_n * x0)
+    return wide - (alpha_n * noise - sigma_n * _widen(x0))
+
+
+def _loss_gradient(
+    dloss: Tensor, error: Tensor, prediction: Tensor, weights: Tensor | None, step_index: Tensor
+) -> Tensor:
+    """Return dloss * weight * 2 / M * error, like the prediction; the error is overwritten."""
+    factor = dloss.to(error.dtype) * (2 / max(1, prediction[:1].numel()))
+    if weights is not None:
+        factor = factor * _look_up(weights, step_index).to(error.dtype)
+    return _finish(error.mul_(_per_sample(factor, error)), prediction)
 
 
 def _noise(x: Tensor, seed: Tensor, sample_ids: Tensor, step: Tensor, stream: str) -> Tensor:
@@ -172,7 +230,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _widen(x: Tensor) -> Tensor:
-    return x.to(_compute_dtype(x))
+    """The values of x in the dtype it is computed in."""
+    wide = x.to(_compute_dtype(x))
+    return wide / 127.5 - 1 if x.dtype == torch.uint8 else wide
 
 
 def _per_sample(values: Tensor, x: Tensor) -> Tensor:
@@ -180,6 +240,6 @@ def _per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.to(_compute_dtype(x)).view(-1, *(1,) * (x.ndim - 1))
 
 
-def _finish(result: Tensor, like: Tensor) -> Tensor:
-    """Round to `like`'s dtype, in its layout, as a tensor of its own."""
-    return torch.empty_like(like, memory_format=image_memory_format(like)).copy_(result)
+def _finish(result: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Round to `like`'s dtype, or the one given, in its layout, as a tensor of its own."""
+    return torch.empty_like(like, dtype=dtype, memory_format=image_memory_format(like)).copy_(result)

@@ -94,12 +94,14 @@ def plan_philox(
 
 
 def plan_add_noise(
-    x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, step: Tensor, *,
-    config: TileConfig | None = None,
+    x0: Tensor, step_index: Tensor | None, alpha: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, step: Tensor,
+    sampling: str, first_stratum: int, num_strata: int, dtype: torch.dtype, *, config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `add_noise`, whose arguments these are; x0 may not be empty."""
+    if step_index is None or x0.dtype == torch.uint8:
+        raise NotImplementedError
     x0 = _dense(x0)
-    x_t = _empty_like(x0)
+    x_t = torch.empty_like(_empty_like(x0), dtype=dtype)
     geometry = _Geometry.of((x0,), config)
     launch = Launch(
         kernel=_add_noise_kernel, grid=(x0.shape[0] * geometry.chunks,),
@@ -111,14 +113,17 @@ def plan_add_noise(
         constants={**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0},
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(x_t,), config=geometry.config)
+    return Plan(launches=(launch,), outputs=(x_t, sample_ids.new_empty(0)), config=geometry.config)
 
 
 def plan_denoising_loss(
     prediction: Tensor, x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor | None,
-    seed: Tensor, sample_ids: Tensor, step: Tensor, target: str, *, config: TileConfig | None = None,
+    seed: Tensor, sample_ids: Tensor, step: Tensor, target: str, save_gradient: bool, *,
+    config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `denoising_loss`, whose arguments these are; the prediction may not be empty."""
+    if save_gradient or x0.dtype == torch.uint8:
+        raise NotImplementedError
     arguments, constants, geometry = _loss_arguments(
         prediction, x0, step_index, alpha, sigma, seed, sample_ids, step, target, config
     )
@@ -136,7 +141,7 @@ def plan_denoising_loss(
         },
         constants={"BLOCK": _TOTAL_BLOCK}, num_warps=4,
     )  # fmt: skip
-    return Plan(launches=(squares, total), outputs=(loss,), config=geometry.config)
+    return Plan(launches=(squares, total), outputs=(loss, prediction.new_empty(0)), config=geometry.config)
 
 
 def plan_denoising_loss_backward(
@@ -163,10 +168,12 @@ def plan_denoising_loss_backward(
 def plan_sampler_step(
     x_t: Tensor, cond: Tensor, uncond: Tensor | None, alpha: Tensor, sigma: Tensor, logsnr: Tensor,
     step_index: Tensor, next_index: Tensor, method: str, target: str, cfg_scale: float, eta: float,
-    clip_x0: float | None, previous_x0: Tensor | None, previous_index: Tensor | None, seed: Tensor | None,
-    sample_ids: Tensor | None, *, config: TileConfig | None = None,
+    clip_x0: float | None, guidance_rescale: float, previous_x0: Tensor | None, previous_index: Tensor | None,
+    seed: Tensor | None, sample_ids: Tensor | None, *, config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `sampler_step`, whose arguments these are; x_t may not be empty."""
+    if guidance_rescale:
+        raise NotImplementedError
     layout = image_memory_format(x_t)
     x_t, cond = x_t.contiguous(memory_format=layout), cond.contiguous(memory_format=layout)
     uncond, previous_x0 = (x if x is None else x.contiguous(memory_format=layout) for x in (uncond, previous_x0))

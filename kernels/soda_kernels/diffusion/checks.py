@@ -1,0 +1,90 @@
+"""What the arguments of noise-schedule sampling must be, in lines that name the one that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from soda_kernels import _checks
+from soda_kernels.diffusion.reference import SAMPLINGS
+from soda_kernels.diffusion.schedule import NoiseSchedule
+
+# Of (stratum << 24) * num_steps, which is formed in int64.
+_MOST_STRATA_TIMES_STEPS = 2**39
+# Of a 32-bit word times the number of strata, the same.
+_MOST_STRATA = 2**31
+
+
+def check_schedule(schedule: NoiseSchedule, x: Tensor) -> None:
+    """Require a schedule on the device of the images x."""
+    check_schedule_type(schedule)
+    if schedule.device != x.device:
+        raise ValueError(f"schedule is on {schedule.device} and the images on {x.device}; call schedule.to(device)")
+
+
+def check_schedule_type(schedule: object) -> None:
+    """Require a schedule."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule is a {type(schedule).__name__}; it must be a NoiseSchedule")
+
+
+def check_step_index(step_index: object, batch: int, x: Tensor) -> Tensor:
+    """Require one step index for each of the images x, and widen it."""
+    if not isinstance(step_index, Tensor):
+        raise TypeError(f"step_index is a {type(step_index).__name__}; it must be an (N,) integer tensor")
+    return _checks.int64_vector("step_index", step_index, batch, x.device)
+
+
+def check_key(
+    x: Tensor, seed: int | Tensor, sample_ids: Tensor | Sequence[int], step: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check and widen (seed, sample_ids, step) for images x."""
+    return (
+        _checks.int64_scalar("seed", seed, x.device),
+        _checks.int64_vector("sample_ids", sample_ids, x.shape[0], x.device),
+        _checks.int64_scalar_or_vector("step", step, x.shape[0], x.device),
+    )
+
+
+def check_sampling(
+    sampling: str, strata: tuple[int, int] | None, batch: int, num_steps: int, step: Tensor
+) -> tuple[int, int]:
+    """Check how step indices are to be drawn, and return the first stratum of the samples and the number of strata."""
+    _checks.check_choice("sampling", sampling, SAMPLINGS)
+    if sampling != "stratified":
+        if strata is not None:
+            raise ValueError(f"strata is {strata} with sampling {sampling!r}; only 'stratified' takes it")
+        return 0, 1
+    if step.ndim:
+        raise ValueError(f"step has shape {tuple(step.shape)}; 'stratified' takes an int or a 0-d tensor")
+    if strata is None:
+        strata = (0, batch)
+    elif (
+        not isinstance(strata, tuple | list)
+        or len(strata) != 2
+        or not all(isinstance(number, int) and not isinstance(number, bool) for number in strata)
+    ):
+        raise TypeError(f"strata is {strata!r}; it must be a pair of ints (first, total)")
+    first, total = strata
+    if first < 0 or first + batch > total:
+        raise ValueError(f"strata is {(first, total)} for {batch} samples; 0 <= first <= total - {batch} holds")
+    if total >= _MOST_STRATA or total * num_steps >= _MOST_STRATA_TIMES_STEPS:
+        raise ValueError(
+            f"strata is {(first, total)} with {num_steps} steps; total < 2^31 and total * num_steps < 2^39 holds"
+        )
+    return first, total
+
+
+def check_indices(step_index: Any, next_index: Any, previous_index: Any, num_steps: int) -> None:
+    """Check the indices that are Python ints; those in tensors are the caller's to keep in range."""
+    for name, index, lowest in (
+        ("step_index", step_index, 0), ("next_index", next_index, -1), ("previous_index", previous_index, 0)
+    ):  # fmt: skip
+        if isinstance(index, int) and not isinstance(index, bool) and not lowest <= index < num_steps:
+            raise ValueError(f"{name} is {index}; it must be in [{lowest}, {num_steps - 1}]")
+    if isinstance(step_index, int) and isinstance(next_index, int) and next_index >= step_index:
+        raise ValueError(f"next_index is {next_index} and step_index {step_index}; a step goes to a smaller index")
+    if isinstance(step_index, int) and isinstance(previous_index, int) and previous_index <= step_index:
+        raise ValueError(f"previous_index is {previous_index} and step_index {step_index}; it must be the larger")
