@@ -1,4 +1,4 @@
-"""What is drawn, on every backend: normals, uniforms and step indices have their distributions and are independent.
+"""What is drawn, on every backend: normals and uniforms have their distributions and are independent.
 
 Seeds are fixed, so that a test gives the same p-values each time; planted defects show that the tests can fail. Every
 draw is a million numbers, in Triton's interpreter too, where few large blocks make that quick.
@@ -131,8 +131,8 @@ def test_a_million_uniforms(backend: Draw) -> None:
     assert [name for name, p in found.items() if not p > SIGNIFICANT] == []
 
 
-# Word, block, sample id and step, for seed 0 and stream "noise", found by running the cipher backwards: the first word of
-# the block is an extreme one, and its second is below 256, which is angle 0.
+# Word, block, sample id and step, for seed 0 and stream "noise", found by running the cipher backwards: the first word
+# of the block is an extreme one, and its second is below 256, which is angle 0.
 EXTREMES = {
     "smallest": (0, 720, 20404039705596449, 2266793906),
     "largest": (2**32 - 1, 21, 23417246897919673, 2521823988),

@@ -40,7 +40,7 @@ def by_triton(
 
     x_next, x0 = plan_sampler_step(
         x_t, cond, uncond, schedule.alpha, schedule.sigma, schedule.logsnr, torch.tensor(step_index),
-        torch.tensor(next_index), method, target, 1.0, 0.0, None, previous_x0,
+        torch.tensor(next_index), method, target, 1.0, 0.0, None, 0.0, previous_x0,
         None if previous_index is None else torch.tensor(previous_index), torch.tensor(seed),
         torch.as_tensor(list(sample_ids)), config=TileConfig(positions=4096, channels=1, num_warps=8),
     ).run()  # fmt: skip
