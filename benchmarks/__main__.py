@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "Time a suite: every provider, checked first, in turn with the others.", CPU_SETS)
     run.add_argument("--suite", choices=tuple(SUITES), default="norm",
-                     help="norm: modulated group norm; attention; %(default)s if not given")  # fmt: skip
+                     help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
+                          "%(default)s if not given")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                      help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
     run.add_argument("--modes", type=_names("mode", MODES), default=MODES, metavar="MODES",
@@ -165,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
     from benchmarks.cases import CPU_SETS
     from benchmarks.families import SUITES, choose_cases
     from benchmarks.records import append_row
-    from benchmarks.suite import PACES, suite_rows
+    from benchmarks.suite import PACES, case_modes, suite_rows
     from benchmarks.summary import summarize_rows
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -173,14 +174,14 @@ def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     on_cpu = device.type == "cpu"
     family, dtype = SUITES[options.suite], options.dtype or ("fp32" if on_cpu else "bf16")
-    chosen = choose_cases([family], options.cases, options.layouts, dtype, usual=CPU_SETS, on_cpu=on_cpu)
+    chosen = choose_cases([family], options.cases, options.layouts, dtype, usual=CPU_SETS, timed=True, on_cpu=on_cpu)
     (cases,) = chosen.values()
+    parts = [(case, mode) for case in cases for mode in case_modes(case, options.modes)]
     rows: list[dict[str, Any]] = []
     measured = suite_rows(family, cases, options.modes, device, PACES["quick" if options.quick else "full"])
     try:
-        for index in range(len(cases) * len(options.modes)):
-            case, mode = cases[index // len(options.modes)], options.modes[index % len(options.modes)]
-            tables.show_progress(f"{index + 1}/{len(cases) * len(options.modes)} {case.id} {case.layout} {mode}")
+        for index, (case, mode) in enumerate(parts):
+            tables.show_progress(f"{index + 1}/{len(parts)} {case.id} {case.layout} {mode}")
             new = next(measured)
             for row in new if options.json is not None else ():
                 append_row(options.json, row)

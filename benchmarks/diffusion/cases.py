@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -172,22 +173,22 @@ class DiffusionCase:
 
 
 def diffusion_cases(
-    shape_sets: Sequence[str], layouts: Sequence[str], dtype: str, *, timed: bool = False, on_cpu: bool = False
-) -> list[DiffusionCase]:
-    """List the cases of some shape sets, with batches cut down for a CPU if asked; a layout's cases stay together.
-
-    Args:
-        timed: list what `run` times, rather than every op alone.
-    """
+    shape_sets: Sequence[str], layouts: Sequence[str], dtype: str, *, on_cpu: bool = False,
+    calls: Sequence[Call] = METERED_CALLS,
+) -> list[DiffusionCase]:  # fmt: skip
+    """List the cases of some shape sets, with batches cut down for a CPU if asked; a layout's cases stay together."""
     cases = [
         DiffusionCase(shape_set=name, shape=shape, call=call, layout=layout, dtype=dtype)
         for layout in layouts
-        for call in (TIMED_CALLS if timed else METERED_CALLS)
+        for call in calls
         for name in shape_sets
         for shape in DIFFUSION_SHAPES[name].shapes
     ]
     return cut_down(cases, DIFFUSION_SHAPES) if on_cpu else cases
 
+
+timed_cases = functools.partial(diffusion_cases, calls=TIMED_CALLS)
+"""What `run` times, instead of every op alone."""
 
 _INTEGER = torch.int64.itemsize
 _FLOAT = torch.float32.itemsize
