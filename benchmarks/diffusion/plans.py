@@ -46,16 +46,7 @@ def plan_problem(problem: DiffusionProblem, mode: str, *, config: Any = None) ->
 
 def describe_problem(problem: DiffusionProblem, mode: str) -> Problem | None:
     """Describe a problem as the choice of its tile sees it, or return None where there is no choice."""
-    call, x = problem.asked, problem.prediction
-    if call.op == "philox_normal":
-        return None
-    kernel = call.op
-    if mode == "bwd":
-        kernel = "scale_samples" if call.saves else "denoising_loss_backward"
-    channels, positions = (1, x[0].numel()) if x.is_contiguous() else (x.shape[1], x[0, 0].numel())
-    return Problem(
-        kernel=kernel, batch=len(x), positions=positions, channels=channels, element_bytes=x.element_size()
-    )
+    return plan_problem(problem, mode).problem
 
 
 def problem_step(problem: DiffusionProblem, mode: str, config: Any) -> Step:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 STREAMS = {"timestep": 0, "noise": 1, "dropout": 2, "mask": 3, "sampler": 4, "views": 5}
+# The sample id of a draw that all samples of a step have in common: the last of its 56 bits.
+SHARED_ID = 2**56 - 1
 
 # Multipliers and key increments of Philox4x32, from the paper's reference code.
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57

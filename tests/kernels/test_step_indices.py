@@ -11,7 +11,8 @@ from scipy import stats
 from torch import Tensor
 
 from soda_kernels import NoiseSchedule, add_noise, draw_step_index, philox_normal, philox_uniform
-from soda_kernels.diffusion.reference import SAMPLINGS, SHARED_ID
+from soda_kernels._philox import SHARED_ID
+from soda_kernels.diffusion.reference import SAMPLINGS
 
 KEY: dict[str, Any] = {"seed": 2**63 + 5, "step": 11}
 SIGNIFICANT = 1e-3

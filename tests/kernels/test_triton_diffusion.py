@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soda_kernels import NoiseSchedule, _philox
 from soda_kernels.diffusion import reference
-from soda_kernels.diffusion.config import TileConfig, choose
+from soda_kernels.diffusion.config import Problem, TileConfig, candidates, choose, heuristic
 from tests.harness.interpreter import require_interpreter
 from tests.harness.memory import check_memory
 from tests.harness.traffic import meter
@@ -82,6 +82,77 @@ def test_uniforms_are_the_references_bit_for_bit(num: int) -> None:
     assert torch.equal(drawn, reference.philox_uniform(*key(3), num, 0, torch.float32))
 
 
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("sampling", reference.SAMPLINGS)
+def test_step_indices(sampling: str, steps: bool) -> None:
+    """Bit for bit; a logit-normal's, whose normal is another by some ulps, within a step where it lies at a border."""
+    from soda_kernels.diffusion.triton_impl import plan_draw_step_index
+
+    own_key = key(300, steps=steps and sampling != "stratified")
+    for num_steps, strata in ((1000, (2, 2**20)), (1, (0, 300)), (77, (7, 317))):
+        (drawn,) = plan_draw_step_index(*own_key, num_steps, sampling, *strata).run()
+        expected = reference.draw_step_index(*own_key, num_steps, sampling, *strata)
+        if sampling == "logit_normal":
+            z = _philox.normal(1, *own_key, _philox.STREAMS["timestep"], torch.float64)[:, 0]
+            share = z.sigmoid() * num_steps
+            at_a_border = (share - share.round()).abs() < 1e-5 * num_steps
+            assert ((drawn == expected) | at_a_border & ((drawn - expected).abs() == 1)).all()
+            assert at_a_border.float().mean() < 0.1
+        else:
+            assert torch.equal(drawn, expected)
+
+
+@tiles
+@shapes
+@layouts
+@pytest.mark.parametrize("sampling", reference.SAMPLINGS)
+def test_add_noise_draws_its_step_indices(sampling: str, layout: str, shape: tuple[int, ...], tile: str) -> None:
+    from soda_kernels.diffusion.triton_impl import plan_add_noise
+
+    own_key, strata = key(shape[0]), (3, 11)
+    tables = SCHEDULE.alpha, SCHEDULE.sigma
+    x0 = image(shape, layout)
+    x_t, drawn = plan_add_noise(x0, None, *tables, *own_key, sampling, *strata, torch.float16, config=TILES[tile]).run()
+    assert torch.equal(drawn, reference.draw_step_index(*own_key, 100, sampling, *strata))
+    assert_close(x_t, reference.add_noise(x0, drawn, *tables, *own_key, *GIVEN, torch.float16)[0])
+
+
+@shapes
+@layouts
+def test_bytes_are_read_as_images(layout: str, shape: tuple[int, ...]) -> None:
+    """Every value there is, by noising and by the loss."""
+    from soda_kernels.diffusion import triton_impl
+
+    octets = torch.arange(torch.Size(shape).numel(), device=DEVICE).byte().view(shape)
+    octets = octets.contiguous(memory_format=LAYOUTS[layout])
+    tables, own_key = (SCHEDULE.alpha, SCHEDULE.sigma), key(shape[0])
+    index = steps_of(shape)
+    noising = (octets, index, *tables, *own_key, *GIVEN, torch.float32)
+    assert_close(triton_impl.plan_add_noise(*noising).run()[0], reference.add_noise(*noising)[0])
+    for target in reference.TARGETS:
+        loss = (image(shape, layout), octets, index, *tables, None, *own_key, target, True)
+        for result, expected in zip(
+            triton_impl.plan_denoising_loss(*loss).run(), reference.denoising_loss(*loss), strict=True
+        ):
+            assert_close(result, expected)
+
+
+@tiles
+@shapes
+@layouts
+def test_samples_are_scaled(layout: str, shape: tuple[int, ...], tile: str) -> None:
+    from soda_kernels.diffusion import triton_impl
+
+    gradient = image(shape, layout, torch.float16)
+    dloss = torch.randn(2 * shape[0], device=DEVICE)[::2]
+    for factors in (dloss, dloss[:1].expand(shape[0])):
+        (scaled,) = triton_impl.plan_scale_samples(gradient, factors, config=TILES[tile]).run()
+        assert_close(scaled, reference.scale_samples(gradient, factors))
+    arguments = (gradient, steps_of(shape), SCHEDULE.alpha)
+    (dx0,) = triton_impl.plan_add_noise_backward(*arguments, config=TILES[tile]).run()
+    assert_close(dx0, reference.add_noise_backward(*arguments))
+
+
 @tiles
 @dtypes
 @shapes
@@ -112,8 +183,14 @@ def test_denoising_loss(
         image(shape, layout, torch.float16), image(shape, x0_layout), steps_of(shape), SCHEDULE.alpha, SCHEDULE.sigma,
         weights, *key(shape[0], steps=weighted), target,
     )  # fmt: skip
-    loss = plan_denoising_loss(*arguments, False, config=tile).run()[0]
+    loss, absent = plan_denoising_loss(*arguments, False, config=tile).run()
     assert_close(loss, reference.denoising_loss(*arguments, False)[0])
+    assert absent.shape == (0,)
+    for result, expected in zip(
+        plan_denoising_loss(*arguments, True, config=tile).run(), reference.denoising_loss(*arguments, True),
+        strict=True,
+    ):  # fmt: skip
+        assert_close(result, expected)
     dloss = torch.randn(2 * shape[0], device=DEVICE)[::2]
     gradient = plan_denoising_loss_backward(dloss, *arguments, config=tile).run()[0]
     assert_close(gradient, reference.denoising_loss_backward(dloss, *arguments))
@@ -142,6 +219,48 @@ def test_sampler_step(layout: str, method: str, target: str, indices: tuple[int,
         assert_close(result, expected)
 
 
+@pytest.mark.parametrize("tile", ["whole", "several"])
+@pytest.mark.parametrize("draws", [False, True])
+@shapes
+@layouts
+def test_guidance_rescale(layout: str, shape: tuple[int, ...], draws: bool, tile: str) -> None:
+    """In one launch where a program holds a whole sample, else in two."""
+    from soda_kernels.diffusion.triton_impl import plan_sampler_step
+
+    x_t, cond, uncond = image(shape, layout), image(shape, layout) + 3.0, image(shape, "nchw")
+    cond[0] = uncond[0] = 0.25  # does not vary
+    arguments = (
+        x_t, cond, uncond, SCHEDULE.alpha, SCHEDULE.sigma, SCHEDULE.logsnr,
+        *(torch.tensor(index, device=DEVICE) for index in (50, 40)), "ddim", "v", 5.0, 0.5 * draws, None, 0.7, None,
+        None, *key(shape[0])[:2],
+    )  # fmt: skip
+    plan = plan_sampler_step(*arguments, config=TILES["several"] if tile == "several" else None)
+    assert len(plan.launches) == (2 if tile == "several" else 1)
+    for result, expected in zip(plan.run(), reference.sampler_step(*arguments), strict=True):
+        assert result.isfinite().all()
+        assert_close(result, expected)
+
+
+@layouts
+def test_guidance_is_rescaled_over_many_parts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several blocks each, the last one not whole; and twice the same bits."""
+    from soda_kernels.diffusion import triton_impl
+
+    monkeypatch.setattr(triton_impl, "_MOMENTS_BLOCK", 64)
+    monkeypatch.setattr(triton_impl, "_MOST_PARTS", 4)
+    shape = (2, 3, 19, 11)
+    arguments = (
+        image(shape, layout), image(shape, layout) + 10.0, image(shape, layout), SCHEDULE.alpha, SCHEDULE.sigma,
+        SCHEDULE.logsnr, *(torch.tensor(index, device=DEVICE) for index in (50, 40)), "ddim", "x0", 3.0, 0.0, None, 1.0,
+        None, None, None, None,
+    )  # fmt: skip
+    first, second = (triton_impl.plan_sampler_step(*arguments, config=TILES["several"]) for _ in range(2))
+    assert first.launches[0].num_programs == 2 * 4
+    for result, again, expected in zip(first.run(), second.run(), reference.sampler_step(*arguments), strict=True):
+        assert_close(result, expected)
+        assert torch.equal(result, again)
+
+
 def test_an_index_beyond_the_table_gives_nan_and_reads_nothing() -> None:
     from soda_kernels.diffusion.triton_impl import plan_add_noise
 
@@ -151,24 +270,41 @@ def test_an_index_beyond_the_table_gives_nan_and_reads_nothing() -> None:
     assert x_t[0].isnan().all() and x_t[1].isfinite().all()
 
 
-def plans(shape: tuple[int, ...], layout: str, tile: str) -> list[tuple[Any, list[Any], int]]:
-    """Every op of some images: its plan, its inputs, and the bytes of what it must read and write."""
+def plans(shape: tuple[int, ...], layout: str, tile: str) -> list[tuple[Any, list[Any], int, float]]:
+    """Every op of some fp32 images, with all it can have: its plan, its inputs, launches, and how many images it moves.
+
+    Images are those that it must read and write, bytes counting for a quarter.
+    """
     from soda_kernels.diffusion import triton_impl
 
     x0, prediction, uncond, previous = (image(shape, layout) for _ in range(4))
+    octets = (x0 * 50 + 128).byte()
     index, own_key, tables = steps_of(shape), key(shape[0]), (SCHEDULE.alpha, SCHEDULE.sigma)
     config = TILES[tile]
     step = [torch.tensor(number, device=DEVICE) for number in (50, 40, 60)]
     dloss = torch.randn(shape[0], device=DEVICE)
     noising = [x0, index, *tables, *own_key, *GIVEN, torch.float32]
+    drawing = [octets, None, *tables, *own_key, "stratified", 0, shape[0], torch.float32]
     loss = [prediction, x0, index, *tables, SCHEDULE.sigma, *own_key, "v"]
+    of_bytes = [prediction, octets, *loss[2:]]
     sampling = [x0, prediction, uncond, *tables, SCHEDULE.logsnr, *step[:2], "dpmpp_2m", "v", 2.0, 0.0, 1.0, 0.0,
                 previous, step[2], None, None]  # fmt: skip
+    rescaling = [*sampling[:13], 0.7, *sampling[14:]]
+    whole = triton_impl.plan_sampler_step(*rescaling)
+    split = triton_impl.plan_sampler_step(*rescaling, config=config or TILES["several"])
     return [
-        (triton_impl.plan_add_noise(*noising, config=config), noising, 2),
-        (triton_impl.plan_denoising_loss(*loss, False, config=config), loss, 2),
-        (triton_impl.plan_denoising_loss_backward(dloss, *loss, config=config), [dloss, *loss], 3),
-        (triton_impl.plan_sampler_step(*sampling, config=config), sampling, 6),
+        (triton_impl.plan_draw_step_index(*own_key, 100, "logit_normal", 0, 1), list(own_key), 1, 0),
+        (triton_impl.plan_add_noise(*noising, config=config), noising, 1, 2),
+        (triton_impl.plan_add_noise(*drawing, config=config), drawing, 1, 1.25),
+        (triton_impl.plan_add_noise_backward(x0, index, tables[0], config=config), [x0, index, tables[0]], 1, 2),
+        (triton_impl.plan_denoising_loss(*loss, False, config=config), loss, 2, 2),
+        (triton_impl.plan_denoising_loss(*of_bytes, True, config=config), of_bytes, 2, 2.25),
+        (triton_impl.plan_denoising_loss_backward(dloss, *loss, config=config), [dloss, *loss], 1, 3),
+        (triton_impl.plan_denoising_loss_backward(dloss, *of_bytes, config=config), [dloss, *of_bytes], 1, 2.25),
+        (triton_impl.plan_scale_samples(x0, dloss, config=config), [x0, dloss], 1, 2),
+        (triton_impl.plan_sampler_step(*sampling, config=config), sampling, 1, 6),
+        (whole, rescaling, 1, 6),
+        (split, rescaling, 2, 8),
     ]  # fmt: skip
 
 
@@ -178,7 +314,7 @@ def plans(shape: tuple[int, ...], layout: str, tile: str) -> list[tuple[Any, lis
 @layouts
 def test_memory(layout: str, shape: tuple[int, ...], tile: str) -> None:
     """No access outside a tensor, no output unwritten, no address with two writers."""
-    for plan, inputs, _ in plans(shape, layout, tile):
+    for plan, inputs, _, _ in plans(shape, layout, tile):
         assert check_memory(plan, inputs) == []
 
 
@@ -187,20 +323,68 @@ def test_memory(layout: str, shape: tuple[int, ...], tile: str) -> None:
 def test_traffic_and_launches(layout: str) -> None:
     """Images are read and written once, noise never; beside them there are a few sectors a program.
 
-    In tiles as there are where images fill the chip: smaller ones are taken where they do not.
+    In tiles as there are where images fill the chip: smaller ones are taken where they do not. To rescale guidance in
+    two launches cond and uncond are read twice.
     """
     shape = (2, 4, 64, 64)
-    launches = []
-    for plan, _, images in plans(shape, layout, "large"):
-        floor = images * 4 * 2 * 4 * 64 * 64
-        assert meter(plan).bytes_dram <= 1.02 * floor, plan.launches[0].kernel.fn.__name__
-        launches.append(len(plan.launches))
-    assert launches == [1, 2, 1, 1]
+    for plan, _, launches, images in plans(shape, layout, "large"):
+        name = plan.launches[-1].kernel.fn.__name__
+        assert len(plan.launches) == launches, name
+        if images:
+            assert meter(plan).bytes_dram <= 1.02 * images * 4 * 2 * 4 * 64 * 64, name
+
+
+def problem(batch: int, positions: int, channels: int = 1, **options: bool) -> Problem:
+    return Problem(
+        kernel="k", batch=batch, positions=positions, channels=channels, element_bytes=(1, 2), **options
+    )  # fmt: skip
 
 
 def test_tiles_fill_the_chip_or_grow() -> None:
-    device = torch.device("cpu")
-    assert choose(1, 3 * 32 * 32, 1, device).positions == 512
-    assert choose(256, 3 * 64 * 64, 1, device).positions == 4096
-    wide = choose(64, 32 * 32, 256, device)
+    assert heuristic(problem(1, 3 * 32 * 32)).positions == 512
+    assert heuristic(problem(256, 3 * 64 * 64)).positions == 4096
+    wide = heuristic(problem(64, 32 * 32, 256))
     assert wide.channels == 64 and wide.positions * wide.channels == 2048
+
+
+def test_a_tile_holds_a_whole_sample_where_that_is_wanted_and_can_be() -> None:
+    assert heuristic(problem(256, 4 * 64 * 64, draws=False, whole=True)).positions == 4 * 64 * 64
+    assert heuristic(problem(256, 4 * 64 * 64, draws=True, whole=True)).positions == 4096
+    assert heuristic(problem(256, 5 * 64 * 64, draws=False, whole=True)).positions == 4096
+    assert heuristic(problem(256, 4 * 64 * 64, draws=False)).positions == 4096
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 24, 256])
+def test_candidates_are_valid_and_have_the_heuristics_choice(channels: int, whole: bool) -> None:
+    for batch in (1, 64):
+        for positions in (1, 63, 1024, 12288):
+            each = problem(batch, positions, channels, whole=whole)
+            tiles = list(candidates(each))
+            assert heuristic(each) in tiles and len(set(tiles)) == len(tiles)
+            for tile in tiles:
+                assert tile.positions % 4 == 0 and 1 <= tile.num_warps <= 16
+                numbers = (tile.positions, tile.channels, tile.num_warps)
+                assert all(number & (number - 1) == 0 for number in numbers)  # powers of two
+
+
+def test_a_tuned_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def look_up(family: str, key: str, device: torch.device) -> dict[str, int] | None:
+        asked.append(f"{family} {key}")
+        return {"positions": 8, "channels": 1, "num_warps": 2} if "c1-" in key else None
+
+    monkeypatch.setattr("soda_kernels._tuning.look_up", look_up)
+    device = torch.device("cpu")
+    assert choose(problem(100, 1024), device) == TileConfig(positions=8, channels=1, num_warps=2)
+    assert choose(problem(100, 1024, 3), device) == heuristic(problem(100, 1024, 3))
+    assert asked == ["diffusion k-8+16bit-n128-c1-p1024", "diffusion k-8+16bit-n128-c3-p1024"]
+
+
+def test_different_work_has_different_keys() -> None:
+    problems = [plan.problem for plan, *_ in plans((2, 4, 8, 8), "nhwc", "one") if plan.problem is not None]
+    assert {each.kernel for each in problems} == {
+        "add_noise", "scale_samples", "denoising_loss-v", "denoising_loss-v-saving", "denoising_loss_backward-v",
+        "sampler_step-dpmpp_2m-guided", "sampler_step-dpmpp_2m-guided-rescaled",
+    }  # fmt: skip

@@ -35,6 +35,8 @@ def _fake_loss(prediction: Tensor, x0: Tensor, *rest: Any) -> tuple[Tensor, Tens
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of a sample, with room for a tile that begins inside and ends outside.
+_MOST_ELEMENTS = 2**31 - 2**16
 
 
 def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
@@ -49,22 +51,21 @@ def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
             continue
         if image.numel() == 0:
             return "nothing to compute"
-        if image[0].numel() >= 2**31:
+        if image[0].numel() > _MOST_ELEMENTS:
             return "the kernels index inside a sample in 32 bits"
     return None
 
 
-def _gpu(
-    name: str, images: Callable[..., tuple[Tensor | torch.dtype | None, ...]]
-) -> tuple[Callable[..., Any], Describe]:
+def _gpu(name: str, refuse: Callable[..., str | None], what: str) -> tuple[Callable[..., Any], Describe]:
     """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells which.
 
     Args:
-        images: picks those of the op's arguments that the kernels must be able to take, tensors and dtypes.
+        refuse: takes the op's arguments, and says why the kernels cannot take them, or returns None if they can.
+        what: what programs work on.
     """
 
     def run(*args: Any) -> Any:
-        if _unsupported(*images(*args)):
+        if refuse(*args):
             return getattr(reference, name)(*args)
         from soda_kernels.diffusion import triton_impl
 
@@ -72,8 +73,8 @@ def _gpu(
         return outputs if len(outputs) > 1 else outputs[0]
 
     def describe(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
-        reason = _unsupported(*images(*args))
-        return ("reference", {}, reason) if reason else ("triton", {}, "tiles of images, as many as fill the chip")
+        reason = refuse(*args)
+        return ("reference", {}, reason) if reason else ("triton", {}, what)
 
     return run, describe
 
@@ -95,12 +96,20 @@ def _describe_philox(device_type: str, *args: Any) -> tuple[str, dict[str, Any],
     return ("triton", {}, "blocks of numbers") if dtype in _KERNEL_DTYPES else ("reference", {}, "fp64 is its alone")
 
 
-_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *rest: (x0, rest[-1]))
-_LOSS, _DESCRIBE_LOSS = _gpu("denoising_loss", lambda prediction, x0, *_: (prediction, x0))
-_LOSS_BACKWARD, _DESCRIBE_LOSS_BACKWARD = _gpu(
-    "denoising_loss_backward", lambda dloss, prediction, x0, *_: (prediction, x0)
+_TILES = "tiles of images, as many as fill the chip"
+_DRAW, _DESCRIBE_DRAW = _gpu(
+    "draw_step_index", lambda _, ids, *__: None if ids.numel() else "nothing to compute", "blocks of samples"
 )
-_SAMPLER_STEP, _DESCRIBE_SAMPLER_STEP = _gpu("sampler_step", lambda x_t, *_: (x_t,))
+_ADD_NOISE, _DESCRIBE_ADD_NOISE = _gpu("add_noise", lambda x0, *rest: _unsupported(x0, rest[-1]), _TILES)
+_ADD_NOISE_BACKWARD, _DESCRIBE_ADD_NOISE_BACKWARD = _gpu(
+    "add_noise_backward", lambda dx_t, *_: _unsupported(dx_t), _TILES
+)
+_LOSS, _DESCRIBE_LOSS = _gpu("denoising_loss", lambda prediction, x0, *_: _unsupported(prediction, x0), _TILES)
+_LOSS_BACKWARD, _DESCRIBE_LOSS_BACKWARD = _gpu(
+    "denoising_loss_backward", lambda dloss, prediction, x0, *_: _unsupported(prediction, x0), _TILES
+)
+_SCALE, _DESCRIBE_SCALE = _gpu("scale_samples", lambda gradient, *_: _unsupported(gradient), _TILES)
+_SAMPLER_STEP, _DESCRIBE_SAMPLER_STEP = _gpu("sampler_step", lambda x_t, *_: _unsupported(x_t), _TILES)
 
 _LOSS_ARGUMENTS = (
     "Tensor prediction, Tensor x0, Tensor step_index, Tensor alpha, Tensor sigma, Tensor? weights, Tensor seed, "
@@ -121,7 +130,9 @@ define(
     "(Tensor seed, Tensor sample_ids, Tensor step, int num_steps, str sampling, int first_stratum, int num_strata) "
     "-> Tensor",
     reference=reference.draw_step_index,
-    fake=lambda seed, sample_ids, *_: torch.empty_like(sample_ids),
+    fake=lambda seed, sample_ids, *_: torch.empty_like(sample_ids, memory_format=torch.contiguous_format),
+    gpu=_DRAW,
+    describe=_DESCRIBE_DRAW,
 )
 define(
     "add_noise",
@@ -137,6 +148,8 @@ define(
     "(Tensor dx_t, Tensor step_index, Tensor alpha) -> Tensor",
     reference=reference.add_noise_backward,
     fake=lambda dx_t, *_: _empty_like(dx_t),
+    gpu=_ADD_NOISE_BACKWARD,
+    describe=_DESCRIBE_ADD_NOISE_BACKWARD,
 )
 define(
     "denoising_loss",
@@ -159,6 +172,8 @@ define(
     "(Tensor gradient, Tensor dloss) -> Tensor",
     reference=reference.scale_samples,
     fake=lambda gradient, *_: _empty_like(gradient),
+    gpu=_SCALE,
+    describe=_DESCRIBE_SCALE,
 )
 define(
     "sampler_step",

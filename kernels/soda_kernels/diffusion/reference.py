@@ -15,8 +15,6 @@ from soda_kernels._checks import image_memory_format
 TARGETS = ("eps", "v", "x0")
 METHODS = ("ddpm", "ddim", "dpmpp_2m")
 SAMPLINGS = ("uniform", "stratified", "logit_normal")
-SHARED_ID = 2**56 - 1
-"""The sample id of a draw that all samples of a step have in common."""
 
 
 def philox_normal(seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, stream: int, dtype: torch.dtype) -> Tensor:
@@ -38,7 +36,7 @@ def draw_step_index(
         # In integers, so that it is exact: the strata are equal parts of [0, 1), the samples take one each, and one
         # rotation for all of them says which.
         words = _philox.random_blocks(1, seed, sample_ids, step, stream)[:, 0, 0]
-        shared = _philox.random_blocks(1, seed, torch.full_like(seed.view(1), SHARED_ID), step, stream)[0, 0, 0]
+        shared = _philox.random_blocks(1, seed, torch.full_like(seed.view(1), _philox.SHARED_ID), step, stream)[0, 0, 0]
         place = torch.arange(len(sample_ids), device=sample_ids.device) + first_stratum
         stratum = (place + (shared * num_strata >> 32)) % num_strata
         return ((stratum << 24) + (words >> 8)) * num_steps // (num_strata << 24)

@@ -21,6 +21,16 @@ def place(first_position, first_channel, positions, channels, POSITIONS: tl.cons
 
 
 @triton.jit
+def load(pointers, exists):
+    """Return images in fp32, 0 or for bytes anything where nothing exists; bytes stand for x / 127.5 - 1."""
+    values = tl.load(pointers, exists, 0).to(tl.float32)
+    if pointers.dtype.element_ty == tl.uint8:
+        # The difference is exact, so that small values keep their digits.
+        values = (values - 127.5) * (1 / 127.5)
+    return values
+
+
+@triton.jit
 def normal_pair(a, b):
     """Return the two normals of two words, by Box and Muller as in soda_kernels/_philox.py."""
     radius = tl.sqrt_rn(tl.log(a.to(tl.float32) * 2.0**-32 + 2.0**-33) * -2.0)
@@ -62,6 +72,32 @@ def noise(
         second = (element & 2) != 0
         even, odd = normal_pair(tl.where(second, w2, w0), tl.where(second, w3, w1))
         return tl.where((element & 1) != 0, odd, even)
+
+
+@triton.jit
+def draw_step_index(
+    seed, sample_id, step, place, num_steps, first_stratum, num_strata, SAMPLING: tl.constexpr, STREAM: tl.constexpr,
+    SHARED_ID: tl.constexpr,
+):  # fmt: skip
+    """Return the step index of a sample, or of a vector of samples, by the formulas of reference.py.
+
+    Args:
+        place: the sample's in the call.
+    """
+    zero = tl.cast(sample_id, tl.int32) * 0
+    w0, w1, _, _ = words(seed, sample_id, step, zero, STREAM)
+    if SAMPLING == "stratified":
+        shared, _, _, _ = words(seed, tl.cast(sample_id, tl.int64) * 0 + SHARED_ID, step, zero, STREAM)
+        strata = tl.cast(num_strata, tl.int64)
+        stratum = (tl.cast(place, tl.int64) + first_stratum + (shared.to(tl.int64) * strata >> 32)) % strata
+        return ((stratum << 24) + (w0 >> 8).to(tl.int64)) * num_steps // (strata << 24)
+    else:
+        if SAMPLING == "logit_normal":
+            share, _ = normal_pair(w0, w1)
+            share = 1.0 / (1.0 + tl.exp(-share))
+        else:
+            share = (w0 >> 8).to(tl.float32) * 2.0**-24
+        return tl.minimum((share * num_steps).to(tl.int64), num_steps - 1)
 
 
 @triton.jit

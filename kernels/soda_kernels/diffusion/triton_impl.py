@@ -15,39 +15,64 @@ from torch import Tensor
 
 from soda_kernels._checks import image_memory_format
 from soda_kernels._launch import Launch, Plan
-from soda_kernels._philox import STREAMS
-from soda_kernels.diffusion.config import TileConfig, choose
+from soda_kernels._philox import SHARED_ID, STREAMS
+from soda_kernels.diffusion.config import Problem, TileConfig, choose
 from soda_kernels.diffusion.triton_noising import (
     _add_noise_kernel,
-    _denoising_loss_bwd_kernel,
     _denoising_loss_kernel,
     _denoising_loss_total_kernel,
+    _draw_step_index_kernel,
     _philox_kernel,
+    _scale_samples_kernel,
 )
-from soda_kernels.diffusion.triton_sampler import _sampler_step_kernel
+from soda_kernels.diffusion.triton_sampler import _guidance_moments_kernel, _sampler_step_kernel
 
 _PHILOX_BLOCK = 1024
+_INDEX_BLOCK = 128
 _TOTAL_BLOCK = 256
+_MOMENTS_BLOCK = 2048
+# Of a sample whose moments are taken. Every program of the step reads all of its sample's.
+_MOST_PARTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Geometry:
     """How a sample of some images is cut into tiles."""
 
-    positions: int
-    channels: int
+    problem: Problem
     config: TileConfig
 
     @classmethod
-    def of(cls, images: Sequence[Tensor], config: TileConfig | None) -> _Geometry:
+    def of(
+        cls, kernel: str, images: Sequence[Tensor], config: TileConfig | None, *, draws: bool = True,
+        whole: bool = False,
+    ) -> _Geometry:  # fmt: skip
+        """Cut dense images.
+
+        Args:
+            kernel: what goes over them, as a table of tuned configs calls it.
+            draws: whether noise is drawn, for which elements are told apart by their channels and positions. Without it
+                images of one layout are taken as they lie in memory.
+            whole: whether a tile that holds a whole sample is wanted, if there is one.
+        """
         x = images[0]
         channels, positions = x.shape[1], x.shape[2:].numel()
-        if all(image.is_contiguous() for image in images):
+        layouts = {image_memory_format(image) for image in images}
+        if layouts == {torch.contiguous_format} or (len(layouts) == 1 and not draws):
             channels, positions = 1, channels * positions
-        return cls(
-            positions=positions, channels=channels,
-            config=config or choose(x.shape[0], positions, channels, x.device),
+        problem = Problem(
+            kernel=kernel, batch=x.shape[0], positions=positions, channels=channels, draws=draws, whole=whole,
+            element_bytes=tuple(sorted({image.element_size() for image in images})),
         )  # fmt: skip
+        return cls(problem=problem, config=config or choose(problem, x.device))
+
+    @property
+    def positions(self) -> int:
+        return self.problem.positions
+
+    @property
+    def channels(self) -> int:
+        return self.problem.channels
 
     @property
     def position_chunks(self) -> int:
@@ -73,7 +98,8 @@ class _Geometry:
 
     def strides(self, name: str, image: Tensor) -> dict[str, int]:
         """Return a dense image's strides by the names of the kernels' parameters."""
-        position, channel = (1, self.positions) if image.is_contiguous() else (image.shape[1], 1)
+        plain = self.channels == 1 or image.is_contiguous()
+        position, channel = (1, self.positions) if plain else (image.shape[1], 1)
         prefix = f"{name}_" if name else ""
         return {f"{prefix}position_stride": position, f"{prefix}channel_stride": channel}
 
@@ -93,27 +119,55 @@ def plan_philox(
     return Plan(launches=(launch,), outputs=(out,), config=None)
 
 
+def plan_draw_step_index(
+    seed: Tensor, sample_ids: Tensor, step: Tensor, num_steps: int, sampling: str, first_stratum: int, num_strata: int
+) -> Plan:
+    """Plan the op `draw_step_index`, whose arguments these are; there must be samples."""
+    out = torch.empty_like(sample_ids, memory_format=torch.contiguous_format)
+    launch = Launch(
+        kernel=_draw_step_index_kernel, grid=(math.ceil(len(sample_ids) / _INDEX_BLOCK),),
+        arguments={
+            "out_ptr": out, **_key(seed, sample_ids, step), "batch": len(sample_ids), "num_steps": num_steps,
+            "first_stratum": first_stratum, "num_strata": num_strata,
+        },
+        constants={"BLOCK": _INDEX_BLOCK, "STEP_PER_SAMPLE": step.ndim > 0, **_sampling(sampling)}, num_warps=4,
+    )  # fmt: skip
+    return Plan(launches=(launch,), outputs=(out,), config=None)
+
+
 def plan_add_noise(
     x0: Tensor, step_index: Tensor | None, alpha: Tensor, sigma: Tensor, seed: Tensor, sample_ids: Tensor, step: Tensor,
     sampling: str, first_stratum: int, num_strata: int, dtype: torch.dtype, *, config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `add_noise`, whose arguments these are; x0 may not be empty."""
-    if step_index is None or x0.dtype == torch.uint8:
-        raise NotImplementedError
     x0 = _dense(x0)
-    x_t = torch.empty_like(_empty_like(x0), dtype=dtype)
-    geometry = _Geometry.of((x0,), config)
+    x_t = _empty_like(x0, dtype)
+    drawn = sample_ids.new_empty(len(x0) if step_index is None else 0)
+    geometry = _Geometry.of("add_noise", (x0, x_t), config)
     launch = Launch(
         kernel=_add_noise_kernel, grid=(x0.shape[0] * geometry.chunks,),
         arguments={
-            "x0_ptr": x0, "x_t_ptr": x_t, "index_ptr": step_index.contiguous(), **_tables(alpha, sigma),
-            **_key(seed, sample_ids, step), **geometry.arguments, **geometry.strides("x0", x0),
-            **geometry.strides("x_t", x_t),
+            "x0_ptr": x0, "x_t_ptr": x_t, "index_ptr": step_index if step_index is None else step_index.contiguous(),
+            "drawn_ptr": drawn if step_index is None else None, **_tables(alpha, sigma),
+            **_key(seed, sample_ids, step), "first_stratum": first_stratum, "num_strata": num_strata,
+            **geometry.arguments, **geometry.strides("x0", x0), **geometry.strides("x_t", x_t),
         },
-        constants={**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0},
+        constants={**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0, **_sampling(sampling)},
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(x_t, sample_ids.new_empty(0)), config=geometry.config)
+    return Plan(launches=(launch,), outputs=(x_t, drawn), config=geometry.config, problem=geometry.problem)
+
+
+def plan_add_noise_backward(
+    dx_t: Tensor, step_index: Tensor, alpha: Tensor, *, config: TileConfig | None = None
+) -> Plan:
+    """Plan the op `add_noise_backward`, whose arguments these are; dx_t may not be empty."""
+    return _plan_scaling(dx_t, alpha, step_index, config)
+
+
+def plan_scale_samples(gradient: Tensor, dloss: Tensor, *, config: TileConfig | None = None) -> Plan:
+    """Plan the op `scale_samples`, whose arguments these are; the gradient may not be empty."""
+    return _plan_scaling(gradient, dloss, None, config)
 
 
 def plan_denoising_loss(
@@ -122,26 +176,21 @@ def plan_denoising_loss(
     config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `denoising_loss`, whose arguments these are; the prediction may not be empty."""
-    if save_gradient or x0.dtype == torch.uint8:
-        raise NotImplementedError
-    arguments, constants, geometry = _loss_arguments(
-        prediction, x0, step_index, alpha, sigma, seed, sample_ids, step, target, config
-    )
-    batch = prediction.shape[0]
-    partial, loss = (prediction.new_empty(size, dtype=torch.float32) for size in (batch * geometry.chunks, batch))
-    squares = Launch(
-        kernel=_denoising_loss_kernel, grid=(batch * geometry.chunks,), arguments={**arguments, "partial_ptr": partial},
-        constants=constants, num_warps=geometry.config.num_warps,
+    gradient = _empty_like(prediction) if save_gradient else prediction.new_empty(0)
+    tiles, geometry = _plan_errors(
+        prediction, x0, step_index, alpha, sigma, weights, seed, sample_ids, step, target, config,
+        gradient=gradient if save_gradient else None, sums=True,
     )  # fmt: skip
+    loss = prediction.new_empty(len(prediction), dtype=torch.float32)
     total = Launch(
-        kernel=_denoising_loss_total_kernel, grid=(batch,),
+        kernel=_denoising_loss_total_kernel, grid=(len(prediction),),
         arguments={
-            "partial_ptr": partial, "index_ptr": arguments["index_ptr"], "weights_ptr": weights, "loss_ptr": loss,
-            "num_steps": len(alpha), "chunks": geometry.chunks, "share": 1 / prediction[0].numel(),
+            **{name: tiles.arguments[name] for name in ("partial_ptr", "index_ptr", "weights_ptr", "num_steps")},
+            "loss_ptr": loss, "chunks": geometry.chunks, "share": 1 / prediction[0].numel(),
         },
         constants={"BLOCK": _TOTAL_BLOCK}, num_warps=4,
     )  # fmt: skip
-    return Plan(launches=(squares, total), outputs=(loss, prediction.new_empty(0)), config=geometry.config)
+    return Plan(launches=(tiles, total), outputs=(loss, gradient), config=geometry.config, problem=geometry.problem)
 
 
 def plan_denoising_loss_backward(
@@ -150,19 +199,12 @@ def plan_denoising_loss_backward(
     config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `denoising_loss_backward`, whose arguments these are; the prediction may not be empty."""
-    arguments, constants, geometry = _loss_arguments(
-        prediction, x0, step_index, alpha, sigma, seed, sample_ids, step, target, config
-    )
-    dprediction = _empty_like(prediction)
-    launch = Launch(
-        kernel=_denoising_loss_bwd_kernel, grid=(prediction.shape[0] * geometry.chunks,),
-        arguments={
-            **arguments, "dloss_ptr": dloss, "dloss_stride": dloss.stride(0), "weights_ptr": weights,
-            "dprediction_ptr": dprediction, "share": 2 / prediction[0].numel(),
-        },
-        constants=constants, num_warps=geometry.config.num_warps,
+    gradient = _empty_like(prediction)
+    launch, geometry = _plan_errors(
+        prediction, x0, step_index, alpha, sigma, weights, seed, sample_ids, step, target, config, gradient=gradient,
+        dloss=dloss,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(dprediction,), config=geometry.config)
+    return Plan(launches=(launch,), outputs=(gradient,), config=geometry.config, problem=geometry.problem)
 
 
 def plan_sampler_step(
@@ -172,13 +214,20 @@ def plan_sampler_step(
     seed: Tensor | None, sample_ids: Tensor | None, *, config: TileConfig | None = None,
 ) -> Plan:  # fmt: skip
     """Plan the op `sampler_step`, whose arguments these are; x_t may not be empty."""
-    if guidance_rescale:
-        raise NotImplementedError
     layout = image_memory_format(x_t)
     x_t, cond = x_t.contiguous(memory_format=layout), cond.contiguous(memory_format=layout)
     uncond, previous_x0 = (x if x is None else x.contiguous(memory_format=layout) for x in (uncond, previous_x0))
     x_next, x0 = _empty_like(x_t), _empty_like(x_t)
-    geometry = _Geometry.of((x_t,), config)
+    draws = method == "ddpm" or eta > 0.0
+    rescales = guidance_rescale > 0.0
+    kernel = "-".join(["sampler_step", method, *["guided"] * (uncond is not None), *["rescaled"] * rescales,
+                       *["drawing"] * draws])  # fmt: skip
+    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales)
+    before: tuple[Launch, ...] = ()
+    moments = {"moments_ptr": None, "parts": 0}
+    if rescales and uncond is not None and geometry.chunks > 1:
+        before = (_guidance_moments(cond, uncond, cfg_scale),)
+        moments = {name: before[0].arguments[name] for name in moments}
     launch = Launch(
         kernel=_sampler_step_kernel, grid=(x_t.shape[0] * geometry.chunks,),
         arguments={
@@ -186,35 +235,87 @@ def plan_sampler_step(
             "x_next_ptr": x_next, "x0_ptr": x0, **_tables(alpha, sigma), "logsnr_ptr": logsnr.contiguous(),
             "step_index_ptr": step_index, "next_index_ptr": next_index, "previous_index_ptr": previous_index,
             "seed_ptr": seed, "ids_ptr": sample_ids if sample_ids is None else sample_ids.contiguous(),
-            **geometry.arguments, "cfg_scale": cfg_scale, "eta": eta, "clip_x0": clip_x0 or 0.0,
-            **geometry.strides("", x_t),
+            **geometry.arguments, **moments, "cfg_scale": cfg_scale, "eta": eta, "clip_x0": clip_x0 or 0.0,
+            "guidance_rescale": guidance_rescale, **geometry.strides("", x_t),
         },
         constants={
             **geometry.constants("sampler"), "METHOD": method, "TARGET": target, "CLIPS": clip_x0 is not None,
-            "DRAWS": method == "ddpm" or eta > 0.0,
+            "DRAWS": draws, "RESCALES": rescales, "PARTS": _MOST_PARTS,
         },
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(x_next, x0), config=geometry.config)
+    return Plan(launches=(*before, launch), outputs=(x_next, x0), config=geometry.config, problem=geometry.problem)
 
 
-def _loss_arguments(
-    prediction: Tensor, x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, seed: Tensor,
-    sample_ids: Tensor, step: Tensor, target: str, config: TileConfig | None,
-) -> tuple[dict[str, Any], dict[str, Any], _Geometry]:  # fmt: skip
+def _guidance_moments(cond: Tensor, uncond: Tensor, cfg_scale: float) -> Launch:
+    """Launch the moments of cond and of guided outputs, as many parts of a sample as there are to fill a chip."""
+    num = cond[0].numel()
+    part_size = _MOMENTS_BLOCK * math.ceil(num / (_MOST_PARTS * _MOMENTS_BLOCK))
+    parts = math.ceil(num / part_size)
+    return Launch(
+        kernel=_guidance_moments_kernel, grid=(len(cond) * parts,),
+        arguments={
+            "cond_ptr": cond, "uncond_ptr": uncond,
+            "moments_ptr": cond.new_empty((len(cond), 5, parts), dtype=torch.float32), "cfg_scale": cfg_scale,
+            "num": num, "part_size": part_size, "parts": parts,
+        },
+        constants={"BLOCK": _MOMENTS_BLOCK}, num_warps=8,
+    )  # fmt: skip
+
+
+def _plan_errors(
+    prediction: Tensor, x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor | None,
+    seed: Tensor, sample_ids: Tensor, step: Tensor, target: str, config: TileConfig | None, *,
+    gradient: Tensor | None, dloss: Tensor | None = None, sums: bool = False,
+) -> tuple[Launch, _Geometry]:  # fmt: skip
+    """Launch the kernel that forms prediction - target, for its tiles' sums of squares, its gradient, or both."""
     prediction, x0 = _dense(prediction), _dense(x0)
-    geometry = _Geometry.of((prediction,) if target == "eps" else (prediction, x0), config)
-    arguments = {
-        "prediction_ptr": prediction, "x0_ptr": None if target == "eps" else x0, "index_ptr": step_index.contiguous(),
-        **_tables(alpha, sigma), **_key(seed, sample_ids, step), **geometry.arguments,
-        **geometry.strides("prediction", prediction), **geometry.strides("x0", x0),
-    }  # fmt: skip
-    constants = {**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0, "TARGET": target}
-    return arguments, constants, geometry
+    images = (prediction,) if target == "eps" else (prediction, x0)
+    kernel = "denoising_loss" if sums else "denoising_loss_backward"
+    saving = "-saving" if sums and gradient is not None else ""
+    geometry = _Geometry.of(f"{kernel}-{target}{saving}", images, config, draws=target != "x0")
+    num_programs = len(prediction) * geometry.chunks
+    launch = Launch(
+        kernel=_denoising_loss_kernel, grid=(num_programs,),
+        arguments={
+            "prediction_ptr": prediction, "x0_ptr": None if target == "eps" else x0,
+            "index_ptr": step_index.contiguous(), **_tables(alpha, sigma), "weights_ptr": weights,
+            **_key(seed, sample_ids, step), "dloss_ptr": dloss,
+            "partial_ptr": prediction.new_empty(num_programs, dtype=torch.float32) if sums else None,
+            "gradient_ptr": gradient, **geometry.arguments, "share": 2 / prediction[0].numel(),
+            **geometry.strides("prediction", prediction), **geometry.strides("x0", x0),
+            "dloss_stride": 0 if dloss is None else dloss.stride(0),
+        },
+        constants={**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0, "TARGET": target},
+        num_warps=geometry.config.num_warps,
+    )  # fmt: skip
+    return launch, geometry
+
+
+def _plan_scaling(image: Tensor, factors: Tensor, index: Tensor | None, config: TileConfig | None) -> Plan:
+    """Plan the samples of an image times a factor each, or times those of a table at an index each."""
+    image = _dense(image)
+    scaled = _empty_like(image)
+    geometry = _Geometry.of("scale_samples", (image,), config, draws=False)
+    launch = Launch(
+        kernel=_scale_samples_kernel, grid=(len(image) * geometry.chunks,),
+        arguments={
+            "image_ptr": image, "scaled_ptr": scaled, "factor_ptr": factors if index is None else factors.contiguous(),
+            "index_ptr": index if index is None else index.contiguous(),
+            "factor_stride": factors.stride(0) if index is None else 1, "num_factors": len(factors),
+            "num": geometry.positions, "chunks": geometry.chunks,
+        },
+        constants={"BLOCK": geometry.config.positions}, num_warps=geometry.config.num_warps,
+    )  # fmt: skip
+    return Plan(launches=(launch,), outputs=(scaled,), config=geometry.config, problem=geometry.problem)
 
 
 def _tables(alpha: Tensor, sigma: Tensor) -> dict[str, Any]:
     return {"alpha_ptr": alpha.contiguous(), "sigma_ptr": sigma.contiguous(), "num_steps": len(alpha)}
+
+
+def _sampling(sampling: str) -> dict[str, Any]:
+    return {"SAMPLING": sampling, "TIMESTEP": STREAMS["timestep"], "SHARED_ID": SHARED_ID}
 
 
 def _key(seed: Tensor, sample_ids: Tensor, step: Tensor) -> dict[str, Tensor]:
@@ -226,5 +327,5 @@ def _dense(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=image_memory_format(image))
 
 
-def _empty_like(image: Tensor) -> Tensor:
-    return torch.empty_like(image, memory_format=image_memory_format(image))
+def _empty_like(image: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(image, dtype=dtype, memory_format=image_memory_format(image))

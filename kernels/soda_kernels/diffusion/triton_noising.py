@@ -1,11 +1,11 @@
-"""Kernels of noising, of the denoising loss and of its gradient. Noise is regenerated, never read or written."""
+"""Kernels of noising, of the denoising loss and of their gradients. Noise is regenerated, never read or written."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from soda_kernels.diffusion.triton_device import look_up, noise, normal_pair, place, words
+from soda_kernels.diffusion.triton_device import draw_step_index, load, look_up, noise, normal_pair, place, words
 
 
 @triton.jit
@@ -31,45 +31,93 @@ def _philox_kernel(
 
 
 @triton.jit
-def _add_noise_kernel(
-    x0_ptr, x_t_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
-    num_steps, positions, channels, position_chunks, chunks,
-    x0_position_stride, x0_channel_stride, x_t_position_stride, x_t_channel_stride,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
+def _draw_step_index_kernel(
+    out_ptr, seed_ptr, ids_ptr, step_ptr, batch, num_steps, first_stratum, num_strata,
+    BLOCK: tl.constexpr, SAMPLING: tl.constexpr, TIMESTEP: tl.constexpr, SHARED_ID: tl.constexpr,
     STEP_PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """x_t = alpha x0 + sigma noise in one tile of one sample."""
+    """The step indices of BLOCK samples."""
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = sample < batch
+    sample_id = tl.load(ids_ptr + sample, exists, 0)
+    # One for each sample either way, as the counter's words are.
+    step = tl.load(step_ptr + (sample if STEP_PER_SAMPLE else sample * 0), exists, 0)
+    index = draw_step_index(tl.load(seed_ptr), sample_id, step, sample, num_steps, first_stratum, num_strata, SAMPLING,
+                            TIMESTEP, SHARED_ID)  # fmt: skip
+    tl.store(out_ptr + sample, index, exists)
+
+
+@triton.jit
+def _add_noise_kernel(
+    x0_ptr, x_t_ptr, index_ptr, drawn_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
+    num_steps, first_stratum, num_strata, positions, channels, position_chunks, chunks,
+    x0_position_stride, x0_channel_stride, x_t_position_stride, x_t_channel_stride,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
+    STEP_PER_SAMPLE: tl.constexpr, SAMPLING: tl.constexpr, TIMESTEP: tl.constexpr, SHARED_ID: tl.constexpr,
+):  # fmt: skip
+    """x_t = alpha x0 + sigma noise in one tile of one sample.
+
+    Without an index every program draws its sample's, and the one of the first tile writes it.
+    """
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
     position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
     start = sample.to(tl.int64) * channels * positions
-    index = tl.load(index_ptr + sample)
+    seed, sample_id = tl.load(seed_ptr), tl.load(ids_ptr + sample)
     step = tl.load(step_ptr + sample if STEP_PER_SAMPLE else step_ptr)
-    drawn = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), step, first_position, first_channel, positions,
-                  POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
-    x0 = tl.load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists, 0.0)
-    x_t = x0.to(tl.float32) * look_up(alpha_ptr, index, num_steps) + drawn * look_up(sigma_ptr, index, num_steps)
+    if index_ptr is None:
+        index = draw_step_index(seed, sample_id, step, sample, num_steps, first_stratum, num_strata, SAMPLING, TIMESTEP,
+                                SHARED_ID)  # fmt: skip
+        tl.store(drawn_ptr + sample, index, chunk == 0)
+    else:
+        index = tl.load(index_ptr + sample)
+    drawn = noise(seed, sample_id, step, first_position, first_channel, positions, POSITIONS, CHANNELS, STREAM, FOURS)
+    x0 = load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists)
+    x_t = x0 * look_up(alpha_ptr, index, num_steps) + drawn * look_up(sigma_ptr, index, num_steps)
     to = x_t_ptr + start + position * x_t_position_stride + channel * x_t_channel_stride
     tl.store(to, x_t.to(x_t_ptr.dtype.element_ty), exists)
 
 
 @triton.jit
-def _error(
-    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
-    num_steps, positions, channels, sample, first_position, first_channel,
-    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
+def _scale_samples_kernel(
+    image_ptr, scaled_ptr, factor_ptr, index_ptr, factor_stride, num_factors, num, chunks, BLOCK: tl.constexpr
+):
+    """A sample's elements as they lie in memory, BLOCK of them, times the sample's factor.
+
+    It is factor[sample], or with an index factor[index[sample]].
+    """
+    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    if index_ptr is None:
+        factor = tl.load(factor_ptr + sample.to(tl.int64) * factor_stride)
+    else:
+        factor = look_up(factor_ptr, tl.load(index_ptr + sample), num_factors)
+    element = chunk * BLOCK + tl.arange(0, BLOCK)
+    at = sample.to(tl.int64) * num + element
+    scaled = tl.load(image_ptr + at, element < num, 0.0).to(tl.float32) * factor.to(tl.float32)
+    tl.store(scaled_ptr + at, scaled.to(scaled_ptr.dtype.element_ty), element < num)
+
+
+@triton.jit
+def _denoising_loss_kernel(
+    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, weights_ptr, seed_ptr, ids_ptr, step_ptr, dloss_ptr,
+    partial_ptr, gradient_ptr, num_steps, positions, channels, position_chunks, chunks, share,
+    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride, dloss_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
     STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
-    """Return prediction - target in a tile, 0 where nothing exists, and which of its elements do."""
+    """Of one tile of one sample: the sum of squared errors, or the gradient, or both.
+
+    The gradient is dloss weight 2 / M (prediction - target), without a dloss for 1, laid out as the prediction.
+    """
+    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
     position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
     start = sample.to(tl.int64) * channels * positions
-    at = prediction_ptr + start + position * prediction_position_stride + channel * prediction_channel_stride
-    error = tl.load(at, exists, 0.0).to(tl.float32)
+    at = start + position * prediction_position_stride + channel * prediction_channel_stride
+    error = load(prediction_ptr + at, exists)
     x0 = 0.0
     if TARGET != "eps":
-        at = x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride
-        x0 = tl.load(at, exists, 0.0).to(tl.float32)
+        x0 = load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists)
     if TARGET == "x0":
         error -= x0
     else:
@@ -80,27 +128,16 @@ def _error(
             index = tl.load(index_ptr + sample)
             target = look_up(alpha_ptr, index, num_steps) * target - look_up(sigma_ptr, index, num_steps) * x0
         error -= target
-    return tl.where(exists, error, 0.0), exists, position, channel, start
-
-
-@triton.jit
-def _denoising_loss_kernel(
-    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr, partial_ptr,
-    num_steps, positions, channels, position_chunks, chunks,
-    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
-    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """The sum of squared errors in one tile of one sample."""
-    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    error, _, _, _, _ = _error(
-        prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
-        num_steps, positions, channels, sample, chunk % position_chunks * POSITIONS,
-        chunk // position_chunks * CHANNELS,
-        prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
-        POSITIONS, CHANNELS, FOURS, STREAM, STEP_PER_SAMPLE, TARGET,
-    )  # fmt: skip
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(error * error, axis=1), axis=0))
+    if partial_ptr is not None:
+        squares = tl.where(exists, error * error, 0.0)
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
+    if gradient_ptr is not None:
+        factor = share
+        if dloss_ptr is not None:
+            factor *= tl.load(dloss_ptr + sample.to(tl.int64) * dloss_stride).to(tl.float32)
+        if weights_ptr is not None:
+            factor *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
+        tl.store(gradient_ptr + at, (error * factor).to(gradient_ptr.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -117,27 +154,3 @@ def _denoising_loss_total_kernel(
     if weights_ptr is not None:
         loss *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
     tl.store(loss_ptr + sample, loss)
-
-
-@triton.jit
-def _denoising_loss_bwd_kernel(
-    dloss_ptr, prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, weights_ptr, seed_ptr, ids_ptr, step_ptr,
-    dprediction_ptr, num_steps, positions, channels, position_chunks, chunks, share,
-    prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride, dloss_stride,
-    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
-    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
-):  # fmt: skip
-    """dprediction = dloss weight 2 / M (prediction - target) in one tile of one sample; laid out as the prediction."""
-    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    error, exists, position, channel, start = _error(
-        prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
-        num_steps, positions, channels, sample, chunk % position_chunks * POSITIONS,
-        chunk // position_chunks * CHANNELS,
-        prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride,
-        POSITIONS, CHANNELS, FOURS, STREAM, STEP_PER_SAMPLE, TARGET,
-    )  # fmt: skip
-    factor = tl.load(dloss_ptr + sample.to(tl.int64) * dloss_stride).to(tl.float32) * share
-    if weights_ptr is not None:
-        factor *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
-    to = dprediction_ptr + start + position * prediction_position_stride + channel * prediction_channel_stride
-    tl.store(to, (error * factor).to(dprediction_ptr.dtype.element_ty), exists)

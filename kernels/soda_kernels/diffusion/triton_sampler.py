@@ -1,6 +1,8 @@
-"""The kernel of a sampler step: guidance, x0, clipping, the step and its noise in one pass.
+"""The kernels of a sampler step: guidance, its rescaling, x0, clipping, the step and its noise in one pass.
 
 Formulas and their sources stand in reference.py; every program forms the step's few coefficients from the tables again.
+To rescale guidance takes the standard deviations of whole samples. They come from the program that steps where it holds
+a whole sample, else from a kernel before it, which leaves a few moments of each sample in their order.
 """
 
 from __future__ import annotations
@@ -8,19 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from soda_kernels.diffusion.triton_device import look_up, noise, place
+from soda_kernels.diffusion.triton_device import load, look_up, noise, place
 
 
 @triton.jit
 def _sampler_step_kernel(
     x_t_ptr, cond_ptr, uncond_ptr, previous_x0_ptr, x_next_ptr, x0_ptr,
     alpha_ptr, sigma_ptr, logsnr_ptr, step_index_ptr, next_index_ptr, previous_index_ptr, seed_ptr, ids_ptr,
-    num_steps, positions, channels, position_chunks, chunks, cfg_scale, eta, clip_x0,
-    position_stride, channel_stride,
+    moments_ptr, num_steps, positions, channels, position_chunks, chunks, parts, cfg_scale, eta, clip_x0,
+    guidance_rescale, position_stride, channel_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
-    METHOD: tl.constexpr, TARGET: tl.constexpr, CLIPS: tl.constexpr, DRAWS: tl.constexpr,
+    METHOD: tl.constexpr, TARGET: tl.constexpr, CLIPS: tl.constexpr, DRAWS: tl.constexpr, RESCALES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """x_next and x0 in one tile of one sample; all images have one layout."""
+    """x_next and x0 in one tile of one sample; all images have one layout.
+
+    Where guidance is rescaled without moments from before, the tile has to be the sample.
+    """
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
     position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
@@ -35,11 +41,23 @@ def _sampler_step_kernel(
     rate = alpha_t / alpha_s
     beta = tl.maximum(sigma_t * sigma_t - (rate * sigma_s) * (rate * sigma_s), 0.0)
 
-    x_t = tl.load(x_t_ptr + at, exists, 0.0).to(tl.float32)
-    prediction = tl.load(cond_ptr + at, exists, 0.0).to(tl.float32)
+    prediction = load(cond_ptr + at, exists)
     if uncond_ptr is not None:
-        uncond = tl.load(uncond_ptr + at, exists, 0.0).to(tl.float32)
-        prediction = uncond + cfg_scale * (prediction - uncond)
+        cond = prediction
+        uncond = load(uncond_ptr + at, exists)
+        prediction = uncond + cfg_scale * (cond - uncond)
+        if RESCALES:
+            if moments_ptr is None:
+                count = channels * positions
+                _, cond_square = _centred(cond, exists, count)
+                _, square = _centred(prediction, exists, count)
+            else:
+                cond_square, square = _merged(moments_ptr + sample * 5 * parts, parts, PARTS)
+            # A sample that does not vary is left as it is.
+            same = square == 0.0
+            ratio = tl.where(same, 1.0, tl.sqrt_rn(cond_square / tl.where(same, 1.0, square)))
+            prediction *= guidance_rescale * ratio + (1.0 - guidance_rescale)
+    x_t = load(x_t_ptr + at, exists)
     if TARGET == "eps":
         x0 = (x_t - sigma_t * prediction) / alpha_t
     elif TARGET == "v":
@@ -66,7 +84,7 @@ def _sampler_step_kernel(
         if previous_x0_ptr is not None:
             h_previous = half_t - look_up(logsnr_ptr, tl.load(previous_index_ptr), num_steps) / 2
             weight = tl.where(clean | (h_previous == 0.0), 0.0, h / (2.0 * h_previous))
-            extrapolated += weight * (x0 - tl.load(previous_x0_ptr + at, exists, 0.0).to(tl.float32))
+            extrapolated += weight * (x0 - load(previous_x0_ptr + at, exists))
         decay = tl.where(clean, -1.0, _expm1(-h))
         x_next = (sigma_s / sigma_t) * x_t - alpha_s * decay * extrapolated
         noise_std = 0.0
@@ -83,3 +101,67 @@ def _expm1(x):
     """Return e^x - 1 for x <= 0: where x is small by its series, which loses no digits."""
     series = x * (1.0 + x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720))))))
     return tl.where(x > -0.3, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _guidance_moments_kernel(
+    cond_ptr, uncond_ptr, moments_ptr, cfg_scale, num, part_size, parts, BLOCK: tl.constexpr
+):
+    """Count, means and sums of squared deviations of cond and of guided outputs, over one part of one sample.
+
+    A part is part_size elements as they lie in memory, taken BLOCK at a time and merged in order by Chan's formula.
+    """
+    sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    start = sample.to(tl.int64) * num
+    end = part * part_size + tl.minimum(part_size, num - part * part_size)
+    count, cond_mean, cond_square, mean, square = 0.0, 0.0, 0.0, 0.0, 0.0
+    for first in range(part * part_size, end, BLOCK):
+        element = first + tl.arange(0, BLOCK)
+        exists = element < end
+        cond = load(cond_ptr + start + element, exists)
+        uncond = load(uncond_ptr + start + element, exists)
+        more = tl.minimum(end - first, BLOCK)
+        here, spread = _centred(cond, exists, more)
+        guided_here, guided_spread = _centred(uncond + cfg_scale * (cond - uncond), exists, more)
+        share = more / (count + more)
+        cond_square += spread + (here - cond_mean) * (here - cond_mean) * count * share
+        square += guided_spread + (guided_here - mean) * (guided_here - mean) * count * share
+        cond_mean += (here - cond_mean) * share
+        mean += (guided_here - mean) * share
+        count += more
+    to = moments_ptr + sample * 5 * parts + part
+    tl.store(to, count)
+    tl.store(to + parts, cond_mean)
+    tl.store(to + 2 * parts, cond_square)
+    tl.store(to + 3 * parts, mean)
+    tl.store(to + 4 * parts, square)
+
+
+@triton.jit
+def _centred(values, exists, count):
+    """Return the mean of the values that exist, count of them, and the sum of their squared deviations from it."""
+    mean = tl.sum(tl.where(exists, values, 0.0)) / count
+    deviation = tl.where(exists, values - mean, 0.0)
+    return mean, tl.sum(deviation * deviation)
+
+
+@triton.jit
+def _merged(moments_ptr, parts, PARTS: tl.constexpr):
+    """Return a sample's sums of squared deviations of cond and of guided outputs, from those of its parts."""
+    part = tl.arange(0, PARTS)
+    exists = part < parts
+    count = tl.load(moments_ptr + part, exists, 0.0)
+    share = count / tl.sum(count, axis=0)
+    return (
+        _merged_square(moments_ptr + parts, part, exists, parts, count, share),
+        _merged_square(moments_ptr + 3 * parts, part, exists, parts, count, share),
+    )
+
+
+@triton.jit
+def _merged_square(mean_ptr, part, exists, parts, count, share):
+    """Return a sample's sum of squared deviations, from its parts' means and, behind those, their own sums."""
+    means = tl.load(mean_ptr + part, exists, 0.0)
+    deviation = means - tl.sum(means * share, axis=0)
+    squares = tl.load(mean_ptr + parts + part, exists, 0.0)
+    return tl.sum(squares + count * deviation * deviation, axis=0)
