@@ -70,7 +70,7 @@ def test_ema_follows_the_formula() -> None:
     ema, expected = Ema(model, decay=0.5), 0.0
     for step in range(20):
         nn.init.constant_(model.weight, float(step))
-        ema.update(model, step)
+        ema.update(model)
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     assert float(ema.model.weight) == pytest.approx(expected, rel=1e-6)
@@ -80,7 +80,7 @@ def test_ema_copies_buffers_and_trains_nothing() -> None:
     model = nn.BatchNorm2d(3)
     ema = Ema(model, decay=0.999)
     model(torch.randn(4, 3, 2, 2) + 5)
-    ema.update(model, 0)
+    ema.update(model)
     assert torch.equal(ema.model.running_mean, model.running_mean)
     assert int(ema.model.num_batches_tracked) == 1
     assert not ema.model.training

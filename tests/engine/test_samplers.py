@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from soda_engine.diffusion.samplers import sample, step_indices
-from soda_kernels import NoiseSchedule
+from soda_engine import Soda
+from soda_engine.diffusion.guidance import guided
+from soda_engine.diffusion.samplers import _advance, _Position, sample, step_indices
+from soda_kernels import NoiseSchedule, sampler_step, use_backend
+from tests.engine.host_sync import DEVICE, HostSyncError, NoHostSync
+from tests.engine.tiny_soda import tiny_config, tiny_soda
 
 # Its first step has almost no noise (sigma 0.002), so that a sampler's last step can follow the flow to its end.
 SCHEDULE = NoiseSchedule.cosine(1000)
@@ -40,8 +47,8 @@ class Gaussian:
     def __init__(self, target: str = "eps") -> None:
         self.target, self.indices = target, []  # type: ignore[var-annotated]
 
-    def __call__(self, x_t: Tensor, step_index: int) -> tuple[Tensor, None]:
-        self.indices.append(step_index)
+    def __call__(self, x_t: Tensor, step_index: Tensor) -> tuple[Tensor, None]:
+        self.indices.append(int(step_index))
         alpha, sigma = SCHEDULE.alpha[step_index], SCHEDULE.sigma[step_index]
         # E[x0 | x_t] and what follows from x_t = alpha·x0 + sigma·noise
         x0 = MEAN + alpha * STDDEV**2 / (alpha**2 * STDDEV**2 + sigma**2) * (x_t - alpha * MEAN)
@@ -108,18 +115,107 @@ def test_the_denoiser_is_called_at_each_step_once() -> None:
 def test_second_order_gets_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
-    def step(x: Tensor, cond: Tensor, uncond: None, schedule: Any, index: int, next_index: int, **options: Any) -> Any:
-        calls.append({"index": index, "next_index": next_index, **options})
-        return x, torch.full_like(x, index)
+    def step(
+        x: Tensor, cond: Tensor, uncond: None, schedule: Any, index: Tensor, next_index: Tensor,
+        previous_x0: Tensor | None, previous_index: Tensor | None, **options: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        calls.append({
+            "indices": (int(index), int(next_index)),
+            "previous": None if previous_x0 is None else (int(previous_index), float(previous_x0.mean())),
+        })  # fmt: skip
+        return x, torch.full_like(x, float(index))
 
     monkeypatch.setattr("soda_engine.diffusion.samplers.sampler_step", step)
     run(3, "dpmpp_2m")
-    assert [(call["index"], call["next_index"]) for call in calls] == [(999, 500), (500, 0), (0, -1)]
-    assert [call["previous_index"] for call in calls] == [None, 999, 500]
-    assert calls[0]["previous_x0"] is None and [float(call["previous_x0"].mean()) for call in calls[1:]] == [999, 500]
+    assert [call["indices"] for call in calls] == [(999, 500), (500, 0), (0, -1)]
+    assert [call["previous"] for call in calls] == [(999, 0.0), (999, 999.0), (500, 500.0)]
     calls.clear()
     run(3, "ddim")
-    assert all(call["previous_x0"] is None and call["previous_index"] is None for call in calls)
+    assert all(call["previous"] is None for call in calls)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_step_that_follows_itself_is_first_order(backend: Any) -> None:
+    """All steps of a loop are the same work; only the first has nothing to look back at."""
+    x, guess, ids = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.arange(2)
+    index, next_index = torch.tensor(600), torch.tensor(580)
+    with use_backend(backend):
+        expected = sampler_step(x, guess, None, SCHEDULE, index, next_index, method="dpmpp_2m", sample_ids=ids)
+        got = sampler_step(
+            x, guess, None, SCHEDULE, index, next_index, method="dpmpp_2m", sample_ids=ids,
+            previous_x0=torch.zeros_like(x), previous_index=index,
+        )  # fmt: skip
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_the_start_is_left_as_it_was() -> None:
+    x_T, images, _ = run(3)
+    assert torch.equal(x_T, torch.randn(8, 1, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert images.data_ptr() != x_T.data_ptr()
+
+
+def test_a_graph_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="graphed is True and x_T is on cpu; CUDA graphs need a GPU"):
+        run(3, graphed=True)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("method", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpmpp_2m", 0.0)],
+    ids=["ddpm", "ddim", "ddim-eta", "dpmpp_2m"],
+)  # fmt: skip
+def test_no_step_waits_for_a_gpu_and_all_are_the_same_work(
+    method: str, eta: float, cfg_scale: float, backend: Any
+) -> None:
+    model, counts = Soda(tiny_config()).eval().to(DEVICE), []
+    z, mask, x_T = (torch.empty(shape, device=DEVICE) for shape in ((3, 13), (1, 3), (3, 3, 8, 8)))
+    ids = torch.arange(3, device=DEVICE)
+    schedule = model.schedule
+    for num_steps in (1, 2, 7):
+        with use_backend(backend), NoHostSync() as watch:
+            images = sample(
+                guided(model.denoise, z, mask, mask, cfg_scale), x_T, schedule, num_steps=num_steps, method=method,
+                eta=eta, cfg_scale=cfg_scale, sample_ids=ids, seed=2**64 - 1,
+            )  # fmt: skip
+        assert images.device == DEVICE
+        counts.append(watch.ops)
+    a_step = counts[1] - counts[0]
+    assert a_step["sampler_step"] == 1 and a_step["convolution"] > 10
+    assert counts[2] - counts[0] == Counter({name: 6 * count for name, count in a_step.items()})
+    assert a_step["_to_copy"] == 1, "the time becomes a float; nothing comes from the host"
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m"])
+def test_a_step_recorded_once_and_replayed_is_the_loop(method: str) -> None:
+    """What a CUDA graph does, with a recorder that needs no GPU: whatever Python computed is frozen in the record."""
+    model, num_steps, ids = tiny_soda(), 6, torch.tensor([3, 9])
+    z, x_T, mask = torch.randn(2, 13), torch.randn(2, 3, 8, 8), torch.ones(1, 3)
+    denoise, schedule = guided(model.denoise, z, mask, 0 * mask, 2.0), model.schedule
+    options = {"method": method, "cfg_scale": 2.0, "clip_x0": 1.0, "seed": torch.tensor(5), "sample_ids": ids}
+    with torch.no_grad():
+        x, x0 = x_T.clone(), torch.zeros_like(x_T) if method == "dpmpp_2m" else None
+        position = _Position(step_indices(1000, num_steps), x.device)
+        record = make_fx(partial(_advance, denoise, schedule, position, x, x0, options))()  # takes the first step
+        for _ in range(num_steps - 1):
+            record()
+    options |= {"seed": 5, "num_steps": num_steps}
+    assert torch.equal(x, sample(denoise, x_T, schedule, **options))
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x, i: x * float(x[0, 0, 0, 0]), lambda x, i: x[x > 0].sum() + x, lambda x, i: x + x.cpu().to(DEVICE),
+        lambda x, i: x + torch.tensor([1.0]).to(DEVICE, non_blocking=True), lambda x, i: x * x[i],
+        lambda x, i: x + torch.linalg.inv(x), lambda x, i: x + torch.tensor([1.0], device=DEVICE).copy_(torch.ones(1)),
+    ],
+    ids=["item", "mask", "to the host", "from pageable memory", "index", "inverse", "copy"],
+)  # fmt: skip
+def test_a_denoiser_that_waits_is_caught(wait: Any) -> None:
+    x_T, ids = torch.empty(3, 1, 8, 8, device=DEVICE), torch.arange(3, device=DEVICE)
+    with NoHostSync(), pytest.raises((HostSyncError, RuntimeError)):
+        sample(lambda x, i: (wait(x, i), None), x_T, SCHEDULE.to(DEVICE), num_steps=2, sample_ids=ids)
 
 
 @pytest.mark.parametrize(("method", "random"), [("ddpm", True), ("ddim", False), ("dpmpp_2m", False)])

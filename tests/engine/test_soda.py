@@ -16,6 +16,7 @@ import soda_engine
 from soda_engine import Soda
 from soda_engine.models.soda import WEIGHTS_NAME
 from soda_kernels import philox_normal, sampler_step
+from tests.engine.host_sync import DEVICE, NoHostSync
 from tests.engine.tiny import tiny_model
 from tests.engine.tiny_soda import tiny_config, tiny_soda
 
@@ -154,6 +155,15 @@ def test_progress_is_shown_when_asked(model: Soda, z: Tensor, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
     model.sample(z, num_steps=2, progress=True)
     assert "sampling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "sections": ["middle"]}, {"method": "ddpm"}], ids=str)
+def test_sampling_would_not_wait_for_a_gpu(options: dict[str, Any]) -> None:
+    model, z = tiny_soda(random=False).to(DEVICE), torch.empty(5, 13, device=DEVICE)
+    model.schedule  # noqa: B018  moved to the device once, which waits
+    with NoHostSync() as watch:
+        images = model.sample(z, num_steps=3, batch_size=3, **options)
+    assert images.device == DEVICE and watch.ops["sampler_step"] == 2 * 3
 
 
 # guidance and sections

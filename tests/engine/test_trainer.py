@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from soda_engine.config import CadenceConfig, OptimConfig, TrainConfig
 from soda_engine.data.datasets import TensorDataset
 from soda_engine.data.loaders import Batch
+from soda_engine.data.views import views_preset
+from soda_engine.train import distributed
 from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.settings import alone_in
 from soda_engine.train.trainer import Trainer, TrainingStopped
 from soda_kernels import explain, philox_uniform
+from tests.engine.host_sync import HostSyncError, NoHostSync
 from tests.engine.tiny import tiny_model, tiny_run
 
 
@@ -32,10 +36,10 @@ def interrupt_at(trainer: Trainer, step: int) -> None:
     """Send this process a Ctrl-C while the trainer is in the given step."""
     take_step = trainer.step
 
-    def step_and_interrupt(*args: Any) -> dict[str, float]:
+    def step_and_interrupt(*args: Any) -> None:
         if trainer.progress.step == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return take_step(*args)
+        take_step(*args)
 
     trainer.step = step_and_interrupt  # type: ignore[method-assign]
 
@@ -63,10 +67,10 @@ def test_a_killed_run_drops_the_records_after_its_checkpoint(tmp_path: Path) -> 
     trainer = Trainer(config)
     take_step = trainer.step
 
-    def step_and_die(*args: Any) -> dict[str, float]:
+    def step_and_die(*args: Any) -> None:
         if trainer.progress.step == 3:
             raise MemoryError
-        return take_step(*args)
+        take_step(*args)
 
     trainer.step = step_and_die  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
@@ -100,12 +104,53 @@ def test_a_step_with_a_nan_loss_leaves_no_trace(tmp_path: Path, monkeypatch: pyt
     average = {name: tensor.clone() for name, tensor in trainer.ema.model.state_dict().items()}
     forward = trainer.model.forward
     monkeypatch.setattr(trainer.model, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
-    metrics = trainer.step(next(batches))
+    trainer.step(next(batches))
+    metrics = trainer.read()
     assert metrics["loss"] != metrics["loss"]
     assert (trainer.progress.images, trainer.progress.step, trainer.progress.skipped_steps) == (32, 2, 1)
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     assert all(torch.equal(average[name], tensor) for name, tensor in trainer.ema.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_step_would_not_wait_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "soda_engine.train.distributed.start", lambda _: distributed.Processes(0, 1, torch.device("meta"))
+    )
+    # Fused AdamW lists the devices it has kernels for; the ops themselves are known on the meta device.
+    monkeypatch.setattr(sys.modules["torch.optim.adam"], "_device_dtype_check_for_fused", lambda *_, **__: None)
+    config = tiny_run(tmp_path, views=views_preset("classification"), accumulate=2)
+    trainer = Trainer(dataclasses.replace(config, model=tiny_model(dropout=0.1), precision="fp32"))
+    batches = trainer._batches()
+    trainer.model.schedule  # noqa: B018  moved to the device once, which waits
+    with NoHostSync() as watch:
+        for _ in range(2):
+            trainer.step(next(batches).pin_memory())
+    assert watch.ops["denoising_loss_backward"] == 4 and watch.ops["_fused_adamw_"] == 2 * 4  # groups
+    with NoHostSync(), pytest.raises(HostSyncError, match="copy of .* from meta waits"):
+        trainer.read()
+
+
+def test_how_often_losses_are_read_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, weights = [], []
+    for read_every in (1, 4, 100):
+        config = tiny_run(tmp_path / str(read_every), cadence=CadenceConfig(log_images=48, checkpoint_images=64))
+        trainer = Trainer(config)
+        trainer.read_every = read_every
+        forward = trainer.model.forward
+
+        def sometimes_nan(*args: Any, _forward: Any = forward, **kwargs: Any) -> Tensor:
+            losses: Tensor = _forward(*args, **kwargs)
+            return losses * float("nan") if kwargs["step"] in (0, 3) else losses
+
+        monkeypatch.setattr(trainer.model, "forward", sometimes_nan)
+        assert trainer.train().skipped_steps == 2
+        timed = ("seconds", "images_per_second")
+        lines.append([{k: v for k, v in r.items() if k not in timed} for r in records(tmp_path / str(read_every))])
+        weights.append([trainer.model.state_dict(), trainer.ema.model.state_dict(), trainer.optimizer.state_dict()])
+    assert lines[0] == lines[1] == lines[2] and [line["images"] for line in lines[0]] == [48, 96]
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=0, atol=0)
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_good_ones_start_the_count_again(
@@ -132,7 +177,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
         trainer = Trainer(tiny_run(tmp_path / str(accumulate), accumulate=accumulate))
         trainer.model.encoder.eval()  # batch norms see the parts: only without them the sum is exact
         batches = trainer._batches()
-        results.append([trainer.step(next(batches)) for _ in range(4)])
+        results.append([(trainer.step(next(batches)), trainer.read())[1] for _ in range(4)])
     for whole, parts in zip(*results, strict=True):
         assert parts == pytest.approx(whole, rel=1e-4, abs=1e-7)
 
@@ -235,6 +280,7 @@ def test_a_batch_without_a_readable_image_takes_no_step(tmp_path: Path) -> None:
     before = [p.clone() for p in trainer.model.parameters()]
     none = torch.empty(0, dtype=torch.int64)
     trainer.step(Batch(torch.empty(0, 1, 8, 8, dtype=torch.uint8), none, none, none, ["x"] * 16))
+    trainer.read()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert (trainer.progress.images, trainer.progress.skipped_steps) == (16, 1)
 

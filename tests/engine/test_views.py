@@ -17,6 +17,7 @@ from torch import Tensor
 from soda_engine.config import PipelineConfig
 from soda_engine.data.randaugment import OPS, randaugment
 from soda_engine.data.views import _draw_crop, _resample, make_view, plain_view, views_preset
+from tests.engine.host_sync import NoHostSync
 
 EVERYTHING = dataclasses.replace(views_preset("classification").source, randaugment_probability=1.0, randaugment_ops=3)
 
@@ -348,6 +349,16 @@ def test_one_read_of_the_device_suffices(monkeypatch: pytest.MonkeyPatch) -> Non
     images = pictures(32).float() / 255
     randaugment(images, torch.arange(64).reshape(32, 2) % len(OPS), torch.zeros(32, 2, dtype=torch.bool), 0.3)
     assert reads == ["tolist"]
+
+
+@pytest.mark.parametrize("name", ["classification", "light"])
+def test_views_drawn_on_the_host_would_not_wait_for_a_gpu(name: str) -> None:
+    images = pictures(64).expand(64, 3, -1, -1).to("meta")
+    ids = torch.arange(64)
+    with NoHostSync() as watch:
+        view = make_view(images, views_preset(name).source, 16, seed=1, sample_ids=ids, epochs=ids, role="source")
+    assert view.is_meta and watch.ops["matmul"] + watch.ops["bmm"] >= 2
+    assert (watch.ops["grid_sampler_2d"] > 0) == (name == "classification")
 
 
 # presets and arguments

@@ -56,13 +56,13 @@ _POSTERIZE_BITS = 4
 def randaugment(images: Tensor, ops: Tensor, negative: Tensor, strength: float) -> Tensor:
     """Apply a sequence of operations to each image; `color` leaves a grey image as it is.
 
-    Samples are grouped by operation with a sort, and the sizes of all the groups are read back at once: one wait for
-    the device a call.
+    Samples are grouped by operation with a sort, and the host has to know the sizes of the groups: it waits for the
+    device once a call unless `ops` is in its own memory.
 
     Args:
         images: [N, C, S, S] float32 in [0, 1], C of 1 or 3; overwritten.
-        ops: [N, K] int64, indices into `OPS` in the order in which they are applied.
-        negative: [N, K] bool, the sign of operations that have one.
+        ops: [N, K] int64, indices into `OPS` in the order in which they are applied; on the images' device or the CPU.
+        negative: [N, K] bool, the sign of operations that have one; where `ops` is.
         strength: magnitude in [0, 1].
 
     Returns:
@@ -71,6 +71,7 @@ def randaugment(images: Tensor, ops: Tensor, negative: Tensor, strength: float) 
     groups = ops.clamp(max=_FIRST_WARP)
     order = groups.argsort(dim=0, stable=True)
     counts = (groups[..., None] == torch.arange(_FIRST_WARP + 1, device=ops.device)).sum(0).tolist()
+    order, ops, negative = (on_device(tensor, images.device) for tensor in (order, ops, negative))
     for k, sizes in enumerate(counts):
         for group, chosen in enumerate(order[:, k].split(sizes)):
             if group == 0 or len(chosen) == 0:
@@ -82,6 +83,13 @@ def randaugment(images: Tensor, ops: Tensor, negative: Tensor, strength: float) 
                 part = _COLOURS[OPS[group]](part, sign * strength)
             images.index_copy_(0, chosen, part)
     return images
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor on a device; if it comes from the host, through pinned memory, so that nothing waits."""
+    if tensor.device == device:
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _autocontrast(images: Tensor, level: Tensor) -> Tensor:

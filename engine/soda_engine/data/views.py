@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soda_engine.config import PipelineConfig, ViewsConfig
-from soda_engine.data.randaugment import NUM_OPS, randaugment
+from soda_engine.data.randaugment import NUM_OPS, on_device, randaugment
 from soda_kernels import philox_normal, philox_uniform
 
 Role = Literal["source", "target"]
@@ -67,16 +67,16 @@ def make_view(
     """Draw one view of each image: random resized crop and flip, RandAugment, then noise in [-1, 1] units.
 
     The crop's area share is uniform in `crop_scale` and the logarithm of its ratio uniform in the part of `crop_ratio`
-    that keeps the crop inside the image, so nothing is drawn twice. On a GPU, RandAugment waits once for the
-    device, to learn how many samples drew each operation; the other steps do not.
+    that keeps the crop inside the image, so nothing is drawn twice. For images on a GPU, ids in main memory make all of
+    it run without a wait: the parameters are then drawn on the host, which needs to know them for RandAugment.
 
     Args:
         images: [N, C, S, S] uint8, C of 1 or 3.
         pipeline: what is drawn, and how strongly.
         size: side of the view in pixels.
         seed: the run's seed.
-        sample_ids: [N] int64 on the images' device.
-        epochs: [N] int64 on the images' device.
+        sample_ids: [N] int64 on the images' device, or on the CPU.
+        epochs: [N] int64, where `sample_ids` is.
         role: source and target draw independent parameters.
         noise: False leaves the noise out, for a picture of what was drawn.
 
@@ -94,8 +94,8 @@ def make_view(
     # Autocast would run the products below in bf16.
     with torch.autocast(images.device.type, enabled=False):
         if pipeline.crop_probability or pipeline.flip_probability:
-            top, left, height, width = _draw_crop(draws, pipeline)
-            flip = draws[:, _FLIP] < pipeline.flip_probability
+            top, left, height, width = on_device(torch.stack(_draw_crop(draws, pipeline)), images.device).unbind()
+            flip = on_device(draws[:, _FLIP] < pipeline.flip_probability, images.device)
             view = _resample(images, top, left, height, width, flip, size).div_(127.5).sub_(1)
         else:
             view = plain_view(images, size)
@@ -106,8 +106,9 @@ def make_view(
             strength = pipeline.randaugment_magnitude / 30
             view = randaugment(view.add_(1).div_(2), ops, drawn[..., 1] < 0.5, strength).mul_(2).sub_(1)
     if noise and pipeline.noise_std:
+        ids, steps = on_device(torch.stack((sample_ids, step + 1)), images.device).unbind()
         view += pipeline.noise_std * philox_normal(
-            tuple(view.shape), seed=seed, sample_ids=sample_ids, step=step + 1, stream="views"
+            tuple(view.shape), seed=seed, sample_ids=ids, step=steps, stream="views"
         )
     return view
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+# From (x_t, step index, a 0-d int64 tensor).
+Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def guided(
@@ -26,18 +27,19 @@ def guided(
     Reference:
         Ho and Salimans 2021; Hudson et al. 2023 (layer masking).
     """
+    if cfg_scale == 1.0:
 
-    def conditional(x_t: Tensor, step_index: int) -> tuple[Tensor, Tensor | None]:
-        return denoise(x_t, _indices(x_t, step_index), z, section_mask=cond_mask), None
+        def conditional(x_t: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor | None]:
+            return denoise(x_t, step_index.expand(len(x_t)), z, section_mask=cond_mask), None
 
-    def both(x_t: Tensor, step_index: int) -> tuple[Tensor, Tensor | None]:
-        mask = torch.cat((cond_mask.expand(len(z), -1), uncond_mask.expand(len(z), -1)))
-        x_t = torch.cat((x_t, x_t))
-        cond, uncond = denoise(x_t, _indices(x_t, step_index), torch.cat((z, z)), section_mask=mask).chunk(2)
+        return conditional
+
+    mask = torch.cat((cond_mask.expand(len(z), -1), uncond_mask.expand(len(z), -1)))
+    twice_z = torch.cat((z, z))
+
+    def both(x_t: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor | None]:
+        prediction = denoise(torch.cat((x_t, x_t)), step_index.expand(2 * len(x_t)), twice_z, section_mask=mask)
+        cond, uncond = prediction.chunk(2)
         return cond, uncond
 
-    return conditional if cfg_scale == 1.0 else both
-
-
-def _indices(x_t: Tensor, step_index: int) -> Tensor:
-    return torch.full((len(x_t),), step_index, dtype=torch.int64, device=x_t.device)
+    return both

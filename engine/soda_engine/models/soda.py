@@ -149,6 +149,7 @@ class Soda(
         x_T: Tensor | None = None,
         batch_size: int = 256,
         progress: bool = False,
+        graphed: bool | None = None,
     ) -> Tensor:
         """Generate one image for each z.
 
@@ -164,6 +165,7 @@ class Soda(
             x_T: [N, C, S, S] to start from, instead of drawn noise.
             batch_size: images generated at a time; it does not change them.
             progress: show a progress bar.
+            graphed: replay a CUDA graph of one step; None: on a GPU, unless there are fewer than three.
 
         Returns:
             [N, C, S, S] fp32, in [-1, 1] where x0 is clipped.
@@ -179,7 +181,10 @@ class Soda(
             raise ValueError(f"z has shape {tuple(z.shape)}; it must be (N, {self.config.latent.dim})")
         shape = (self.config.denoiser.in_channels, *(self.config.denoiser.image_size,) * 2)
         z = z.to(self.device, self.denoiser.conv_in.weight.dtype)
-        ids = torch.as_tensor(range(len(z)) if sample_ids is None else sample_ids, dtype=torch.int64).to(self.device)
+        if sample_ids is None:
+            ids = torch.arange(len(z), device=self.device)
+        else:
+            ids = torch.as_tensor(sample_ids, dtype=torch.int64).to(self.device)
         if ids.shape != (len(z),):
             raise ValueError(f"sample_ids has shape {tuple(ids.shape)}; there are {len(z)} rows of z")
         if x_T is None:
@@ -209,6 +214,7 @@ class Soda(
                         seed=seed,
                         sample_ids=ids[part],
                         progress=progress,
+                        graphed=graphed,
                     )  # fmt: skip
                 )
         return torch.cat(images) if images else torch.empty(0, *shape, device=self.device)
@@ -216,7 +222,8 @@ class Soda(
     def _mask(self, sections: Sequence[str | int] | range) -> Tensor:
         """A [1, m + 1] mask that is 1 at the given sections."""
         mask = torch.zeros(1, self.num_sections, device=self.device)
-        mask[:, section_indices(sections, self.section_names)] = 1.0
+        for index in section_indices(sections, self.section_names):
+            mask[:, index].fill_(1.0)  # a list of indices would be copied to the device, which waits
         return mask
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -41,7 +41,8 @@ class Processes:
         """Tell of each flag whether it is set in any process; every process must call it."""
         if not self.is_parallel:
             return flags
-        values = torch.tensor([float(flag) for flag in flags], device=self.device)
+        # Between the hosts, in main memory: asking a GPU would wait for it.
+        values = torch.tensor([float(flag) for flag in flags])
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return tuple(bool(value) for value in values.tolist())
 
@@ -84,7 +85,7 @@ def start(device: str) -> Processes:
             raise ValueError(f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc-per-node to that")
         torch.cuda.set_device(chosen)
     if world_size > 1 and not dist.is_initialized():
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=MILESTONE_TIMEOUT)
     return Processes(rank, world_size, chosen)
 

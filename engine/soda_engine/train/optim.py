@@ -1,11 +1,11 @@
-"""AdamW over parameter groups, and the learning rate as a function of images seen."""
+"""AdamW over parameter groups, its step on the device alone, and the learning rate as a function of images seen."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from soda_engine.config import OptimConfig
 from soda_engine.models.soda import Soda
@@ -51,3 +51,45 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's rate to `factor` times its base rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+def clip_and_step(optimizer: torch.optim.AdamW, norm: Tensor, max_norm: float, skip: Tensor) -> None:
+    """Take a fused AdamW step with gradients scaled to a norm of at most `max_norm`, unless `skip` is 1.
+
+    Both are PyTorch's own, made for its gradient scaler: the fused kernel divides gradients by a scale as it reads
+    them, so that clipping is no pass of its own, and leaves everything as it is where the scaler found an infinity.
+
+    Args:
+        norm: 0-d, of the whole gradient. skip: 0-d fp32, 0 or 1, on the same device.
+    """
+    # The reciprocal of the factor that torch.nn.utils.clip_grad_norm_ multiplies by.
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp_(min=1.0)  # type: ignore[attr-defined]
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+
+
+class Statistics:
+    """A model's buffers, such as batch norms' statistics, kept as one vector a dtype so that a step can be undone.
+
+    Args:
+        model: its buffers must stay the same tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Listed once: walking a model's modules took 7 ms of a 140 ms step of the digits preset.
+        self._groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in model.buffers():
+            self._groups.setdefault(buffer.dtype, []).append(buffer)
+
+    def copy(self) -> list[Tensor]:
+        """Return all values, a vector a dtype."""
+        return [torch.cat([buffer.flatten() for buffer in group]) for group in self._groups.values()]
+
+    def undo(self, values: list[Tensor], skip: Tensor) -> None:
+        """Put `copy`'s values back where `skip`, 0-d, is not 0; no host waits to learn it."""
+        for group, before, now in zip(self._groups.values(), values, self.copy(), strict=True):
+            chosen = torch.where(skip != 0, before, now).split([buffer.numel() for buffer in group])
+            torch._foreach_copy_(group, [part.view(buffer.shape) for part, buffer in zip(chosen, group, strict=True)])

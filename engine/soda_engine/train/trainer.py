@@ -9,8 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,25 +33,48 @@ from soda_engine.train.checkpoint import (
 from soda_engine.train.ema import Ema
 from soda_engine.train.logging import RunLog
 from soda_engine.train.milestones import draw_first_images, probe_latents
-from soda_engine.train.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from soda_engine.train.optim import (
+    Statistics,
+    build_optimizer,
+    clip_and_step,
+    learning_rate_factor,
+    set_learning_rate,
+)
 from soda_engine.train.settings import OtherRunError, alone_in, check_same_run, check_settings, save_settings
 from soda_kernels import use_backend
 
 MAX_SKIPPED_LINES = 20
+
+# Steps between two reads of what a GPU measured, where no log line comes first.
+_MOST_UNREAD = 100
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A step whose loss and gradient norms are still on the device; None where no step could be taken."""
+
+    images: int
+    step: int
+    lr: float
+    measured: Tensor | None  # [3]: loss, norms of the encoder's and of the denoiser's gradient
+
+
 class Trainer:
     """A pretraining run, resumed from its folder if it has a checkpoint.
+
+    A step never waits for the device. Whether it was finite is decided there; its loss is read every `read_every`
+    steps, at each line of the log and before a checkpoint.
 
     Args:
         config: every setting of the run.
 
     Attributes:
-        model: the weights in training. ema: their moving average. progress: how far the run is.
+        model: the weights in training. ema: their moving average. progress: how far the run is, as far as it was read.
+        read_every: how many steps may stay unread; 1 on a CPU, where reading is free.
 
     Raises:
         ValueError, FileNotFoundError: a setting is wrong, data are missing, or `config.out` holds another run.
@@ -74,15 +98,18 @@ class Trainer:
         self.ema = Ema(self.model, config.optim.ema_decay)
         distributed.synchronize_batch_norms(self.model, processes)
         self.optimizer = build_optimizer(self.model, config.optim)
-        # Listed once: walking a model's modules took 7 ms of a 140 ms step of the digits preset.
-        self._statistics = list(self.model.buffers())
+        self._statistics = Statistics(self.model)
         self._weights = [list(part.parameters()) for part in (self.model.encoder, self.model.denoiser)]
         self.progress = self._resume()
+        self.ema.num_updates.fill_(self.progress.step - self.progress.skipped_steps)
         self.parallel = distributed.parallelize(self.model, processes)
         self.layout = layout
         # Shapes never change in training, so cuDNN may time its algorithms once.
         torch.backends.cudnn.benchmark = processes.device.type == "cuda"
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and processes.device.type == "cuda")
+        self.read_every = 1 if processes.device.type == "cpu" else _MOST_UNREAD
+        self._unread: list[_Unread] = []
+        self._metrics: dict[str, float] = {}  # of the last step that was read
         self._bad_steps_in_a_row = 0
 
     def train(self) -> Progress:
@@ -104,20 +131,22 @@ class Trainer:
         )  # fmt: skip
         start, window = time.monotonic(), (progress.images, progress.seconds)
         interrupted = out_of_time = False
-        metrics: dict[str, float] = {}
         with _interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
             if 0 < progress.images < config.total_images:
                 log.say(f"resuming {self.run} at {progress.images:,} images")
             batches = self._batches()
             while progress.images < config.total_images:
                 before, tick = progress.images, time.monotonic()
-                metrics = self.step(next(batches), log)
+                self.step(next(batches), log)
+                due = self._passed(before, config.cadence.log_images)
+                if due or len(self._unread) >= self.read_every:
+                    self.read(log)
                 progress.seconds += time.monotonic() - tick
-                log.advance(config.batch_size, loss=f"{metrics['loss']:.4f}")
-                if self._passed(before, config.cadence.log_images):
+                log.advance(config.batch_size, **({"loss": f"{self._metrics['loss']:.4f}"} if self._metrics else {}))
+                if due:
                     rate = (progress.images - window[0]) / (progress.seconds - window[1])
                     window = progress.images, progress.seconds
-                    log.write("train", progress.images, self._window() | metrics | {"images_per_second": rate})
+                    log.write("train", progress.images, self._window() | self._metrics | {"images_per_second": rate})
                     progress.window_loss, progress.window_steps = 0.0, 0
                 minutes = (time.monotonic() - start) / 60
                 interrupted, out_of_time = self.processes.any(
@@ -126,11 +155,12 @@ class Trainer:
                 if interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
                     break
                 self._milestones(before, log)
+            self.read(log)
             if progress.step and progress.skipped_steps == progress.step:
                 raise TrainingStopped(f"none of {progress.step} steps could be taken; see the lines above for why")
             finished = progress.images >= config.total_images
-            if finished and metrics and progress.window_steps:
-                log.write("train", progress.images, self._window() | metrics)
+            if finished and self._metrics and progress.window_steps:
+                log.write("train", progress.images, self._window() | self._metrics)
             saved = self.save()
             log.say(
                 f"{progress.images:,} images seen: {self.run} is complete" if finished else
@@ -139,53 +169,75 @@ class Trainer:
             )  # fmt: skip
         return progress
 
-    def step(self, batch: Batch, log: RunLog | None = None) -> dict[str, float]:
+    def step(self, batch: Batch, log: RunLog | None = None) -> None:
         """Take one optimizer step on this process's share of a global batch, unless its loss is not finite.
 
-        Returns:
-            loss (over the global batch), lr, and the gradient norms of encoder and denoiser.
-
-        Raises:
-            TrainingStopped: `max_bad_steps` steps in a row were not finite.
+        Launches the work and returns; what came of it is for `read`.
         """
         config, progress = self.config, self.progress
         too_small, skipping = self.processes.any(len(batch) < config.accumulate, bool(batch.skipped))
         num_skipped = self._count_skipped(batch, log) if skipping else 0
-        if too_small:  # nearly every image of a process unreadable: none can take the step
-            progress.images, progress.step = progress.images + config.batch_size, progress.step + 1
-            progress.skipped_steps += 1
-            return {"loss": math.nan}
         factor = learning_rate_factor(progress.images + config.batch_size, config.total_images, config.optim)
-        set_learning_rate(self.optimizer, factor)
-        statistics = [buffer.clone() for buffer in self._statistics]
-        loss = self._backward(batch, config.batch_size - num_skipped)
-        encoder_norm, denoiser_norm = (
-            torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None]) for weights in self._weights
-        )
-        total_norm = torch.hypot(encoder_norm, denoiser_norm)
-        loss_value, encoder_value, denoiser_value = torch.stack((loss, encoder_norm, denoiser_norm)).tolist()
-        metrics = {
-            "loss": loss_value, "lr": config.optim.lr * factor, "grad_norm_encoder": encoder_value,
-            "grad_norm_denoiser": denoiser_value,
-        }  # fmt: skip
-        finite = all(math.isfinite(value) for value in (loss_value, encoder_value, denoiser_value))
-        if finite:
-            for weights in self._weights:
-                torch.nn.utils.clip_grads_with_norm_(weights, config.optim.grad_clip, total_norm)
-            self.optimizer.step()
-            self.ema.update(self.model, progress.step - progress.skipped_steps)
-            progress.window_loss += metrics["loss"]
-            progress.window_steps += 1
-        else:  # leave no trace in the batch norms' statistics either
-            torch._foreach_copy_(self._statistics, statistics)
-        self.optimizer.zero_grad(set_to_none=True)
+        measured = None
+        if not too_small:  # else nearly every image of a process is unreadable: none can take the step
+            set_learning_rate(self.optimizer, factor)
+            statistics = self._statistics.copy()
+            loss = self._backward(batch, config.batch_size - num_skipped)
+            norms = [
+                torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+                for weights in self._weights
+            ]
+            measured = torch.stack((loss, *norms))
+            skip = 1 - measured.isfinite().all().float()
+            clip_and_step(self.optimizer, torch.hypot(*norms), config.optim.grad_clip, skip)
+            self._statistics.undo(statistics, skip)
+            self.ema.update(self.model, skip)
+            self.optimizer.zero_grad(set_to_none=True)
         progress.images += config.batch_size
         progress.step += 1
-        self._count_bad(finite, metrics, log)
-        return metrics
+        self._unread.append(_Unread(progress.images, progress.step, config.optim.lr * factor, measured))
+
+    def read(self, log: RunLog | None = None) -> dict[str, float]:
+        """Fetch what the steps since the last read measured, in one transfer, and count it.
+
+        Returns:
+            Of the last step: loss (over the global batch), lr, and the gradient norms of encoder and denoiser.
+
+        Raises:
+            TrainingStopped: `max_bad_steps` steps in a row were not finite.
+        """
+        unread, self._unread = self._unread, []
+        progress, longest = self.progress, 0
+        measured = [step.measured for step in unread if step.measured is not None]
+        rows = iter(torch.stack(measured).tolist() if measured else [])
+        for step in unread:
+            if step.measured is None:
+                self._metrics = {"loss": math.nan}
+                progress.skipped_steps += 1
+                continue
+            loss, encoder_norm, denoiser_norm = next(rows)
+            self._metrics = {
+                "loss": loss, "lr": step.lr, "grad_norm_encoder": encoder_norm, "grad_norm_denoiser": denoiser_norm,
+            }  # fmt: skip
+            if all(math.isfinite(value) for value in (loss, encoder_norm, denoiser_norm)):
+                self._bad_steps_in_a_row = 0
+                progress.window_loss += loss
+                progress.window_steps += 1
+                continue
+            progress.skipped_steps += 1
+            self._bad_steps_in_a_row += 1
+            longest = max(longest, self._bad_steps_in_a_row)
+            if log is not None:
+                log.say(
+                    f"step {step.step} skipped: loss {loss}, gradient norms {encoder_norm} and {denoiser_norm}"
+                )
+        if longest >= self.config.max_bad_steps:
+            self._stop(longest, log)
+        return self._metrics
 
     def save(self, *, keep: int | None = None) -> Path:
         """Write a checkpoint now, from the main process, keep the newest `keep`, and return its folder."""
+        self.read()
         path = self.run / "checkpoints" / f"{self.progress.images:012d}"
         try:
             if self.processes.is_main:
@@ -205,12 +257,12 @@ class Trainer:
         total = torch.zeros((), device=device)
         parts = batch.split(config.accumulate)
         for index, part in enumerate(parts):
-            part = part.to(device)
             source, target = self._views(part)
+            sample_ids = part.sample_ids.to(device, non_blocking=True)
             with distributed.synchronizing(self.parallel, enabled=index == len(parts) - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                     losses = self.parallel(
-                        source, target, seed=config.seed, sample_ids=part.sample_ids, step=self.progress.step
+                        source, target, seed=config.seed, sample_ids=sample_ids, step=self.progress.step
                     )
                 loss = losses.sum() * scale
                 loss.backward()
@@ -218,17 +270,19 @@ class Trainer:
         return self.processes.sum(total) / self.processes.world_size
 
     def _views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Draw the source and the target view of each image, in the model's layout."""
+        """Draw the source and the target view of each image, on the device and in the model's layout."""
         model, views = self.config.model, self.config.views
         key: dict[str, Any] = {"seed": self.config.seed, "sample_ids": batch.sample_ids, "epochs": batch.epochs}
-        source = make_view(batch.images, views.source, model.encoder.image_size, role="source", **key)
-        target = make_view(batch.images, views.target, model.denoiser.image_size, role="target", **key)
+        images = batch.images.to(self.processes.device, non_blocking=True)
+        source = make_view(images, views.source, model.encoder.image_size, role="source", **key)
+        target = make_view(images, views.target, model.denoiser.image_size, role="target", **key)
         return source.contiguous(memory_format=self.layout), target.contiguous(memory_format=self.layout)
 
     def _milestones(self, before: int, log: RunLog) -> None:
         """Save, draw and probe where a multiple of their cadence was passed."""
         cadence, progress = self.config.cadence, self.progress
         if self._passed(before, cadence.checkpoint_images):
+            self.read(log)
             try:
                 self.save()
             except OSError as error:  # the next one may find space
@@ -285,26 +339,16 @@ class Trainer:
                     log.say("more unreadable images: from here on they are named in metrics.jsonl alone")
         return len(names)
 
-    def _count_bad(self, finite: bool, metrics: dict[str, float], log: RunLog | None) -> None:
-        """Count a step that was not finite, and stop after too many in a row."""
-        if finite:
-            self._bad_steps_in_a_row = 0
-            return
-        progress = self.progress
-        progress.skipped_steps += 1
-        self._bad_steps_in_a_row += 1
-        if log is not None:
-            log.say(f"step {progress.step} skipped: loss {metrics['loss']}, gradient norms "
-                    f"{metrics['grad_norm_encoder']} and {metrics['grad_norm_denoiser']}")  # fmt: skip
-        if self._bad_steps_in_a_row >= self.config.max_bad_steps:
-            before = list_checkpoints(self.run)
-            saved = self.save(keep=len(before) + 1)  # what was good before must stay
-            raise TrainingStopped(
-                f"the loss was not finite for {self._bad_steps_in_a_row} steps in a row, the last at "
-                f"{progress.images:,} images; the weights before them are saved as {saved}"
-                + (f", and earlier ones are in {before[-1]}: delete the newer to go back" if before else "")
-                + "; try --precision fp32, or a lower --optim.lr with another --out"
-            )
+    def _stop(self, bad_steps: int, log: RunLog | None) -> NoReturn:
+        """Save the weights that are there, and give up."""
+        before = list_checkpoints(self.run)
+        saved = self.save(keep=len(before) + 1)  # what was good before must stay
+        raise TrainingStopped(
+            f"the loss was not finite for {bad_steps} steps in a row, the last at {self.progress.images:,} images; "
+            f"the weights without them are saved as {saved}"
+            + (f", and earlier ones are in {before[-1]}: delete the newer to go back" if before else "")
+            + "; try --precision fp32, or a lower --optim.lr with another --out"
+        )
 
     def _resume(self) -> Progress:
         """Load the newest checkpoint that every process can load, or start anew. Writes nothing."""
