@@ -142,6 +142,8 @@ DIFFUSION = Family(
 
 FAMILIES = {family.name: family for family in (GROUP_NORM, ATTENTION, DIFFUSION)}
 SUITES = {family.suite: family for family in FAMILIES.values()}
+LOOPS = "sampling"
+"""The suite of whole sampling loops, which are no family: benchmarks/diffusion/loop.py."""
 SHAPE_SETS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.shapes))
 LAYOUTS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.layouts))
 
