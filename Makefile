@@ -31,7 +31,8 @@ gate: $(READY)  ## compile the kernels with another Triton, TRITON=3.6.0, and ch
 	@test -d $(VENV)/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--target $(VENV)/triton-$(TRITON) 'triton==$(TRITON)'
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
-		tests/kernels/test_triton_compiles.py tests/kernels/test_attention_compiles.py -k measured_shapes
+		tests/kernels/test_triton_compiles.py tests/kernels/test_attention_compiles.py \
+		tests/kernels/test_diffusion_compiles.py -k measured_shapes
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

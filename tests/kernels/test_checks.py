@@ -54,7 +54,17 @@ def step(**keywords: Any) -> Any:
     return sk.sampler_step(**(arguments | keywords))
 
 
-@pytest.mark.parametrize("function", [image_norm, attend, normal, uniform, noised, loss, step])
+def drawn(schedule: Any = SCHEDULE, **keywords: Any) -> Any:
+    return sk.draw_step_index(schedule, **({"seed": 0, "sample_ids": [0, 1, 2]} | keywords))
+
+
+def drawn_and_noised(schedule: Any = SCHEDULE, **keywords: Any) -> Any:
+    return sk.add_noise(X, None, schedule, **({"seed": 0, "sample_ids": [0, 1, 2]} | keywords))
+
+
+@pytest.mark.parametrize(
+    "function", [image_norm, attend, normal, uniform, noised, loss, step, drawn, drawn_and_noised]
+)
 def test_the_arguments_that_the_cases_below_change_are_accepted(function: Callable[[], Any]) -> None:
     function()
 
@@ -180,7 +190,37 @@ ADD_NOISE = [
     ({"x0": "image"}, TypeError, "x0 is a str; it must be a tensor"),
     ({"x0": X.long()}, TypeError, "x0 has dtype torch.int64; accepted are float32, .*, float64, uint8"),
     ({"x0": torch.randn(3)}, ValueError, r"x0 has shape \(3,\); it must have at least 2 dimensions"),
-]
+    ({"x0": X.int()}, TypeError, "x0 has dtype torch.int32; accepted are float32, .*, float64, uint8"),
+    ({"dtype": torch.int64}, ValueError, r"dtype is torch.int64; it must be one of \[torch.float32, .*\]"),
+    ({"dtype": torch.uint8}, ValueError, r"dtype is torch.uint8; it must be one of \[torch.float32, .*\]"),
+    ({"dtype": "bf16"}, ValueError, r"dtype is 'bf16'; it must be one of \[torch.float32, .*\]"),
+    ({"sampling": "stratified"}, ValueError,
+     "sampling is 'stratified' and strata None with a step_index; they are for step_index None"),
+    ({"strata": (0, 3)}, ValueError, r"sampling is 'uniform' and strata \(0, 3\) with a step_index; they are for"),
+]  # fmt: skip
+DRAWN = [
+    ({"schedule": None}, TypeError, "schedule is a NoneType; it must be a NoiseSchedule"),
+    ({"sampling": "strat"}, ValueError, r"sampling is 'strat'; it must be one of \['uniform', 'stratified', .*\]"),
+    ({"sampling": None}, ValueError, r"sampling is None; it must be one of \['uniform', .*\]"),
+    ({"strata": (0, 3)}, ValueError, r"strata is \(0, 3\) with sampling 'uniform'; only 'stratified' takes it"),
+    ({"sampling": "stratified", "strata": (1, 3)}, ValueError,
+     r"strata is \(1, 3\) for 3 samples; 0 <= first <= total - 3 holds"),
+    ({"sampling": "stratified", "strata": (-1, 9)}, ValueError, r"strata is \(-1, 9\) for 3 samples; 0 <= first <="),
+    ({"sampling": "stratified", "strata": (0, 2)}, ValueError, r"strata is \(0, 2\) for 3 samples; 0 <= first <="),
+    ({"sampling": "stratified", "strata": (0, 2**31)}, ValueError, r"strata is \(0, .* total < 2\^31 and total \* num"),
+    ({"sampling": "stratified", "strata": (0, 2**29), "schedule": sk.NoiseSchedule.linear(2**10)}, ValueError,
+     r"strata is \(0, 536870912\) with 1024 steps; total < 2\^31 and total \* num_steps < 2\^39 holds"),
+    ({"sampling": "stratified", "strata": 3}, TypeError, r"strata is 3; it must be a pair of ints \(first, total\)"),
+    ({"sampling": "stratified", "strata": (0, 3.0)}, TypeError, r"strata is \(0, 3.0\); it must be a pair of ints"),
+    ({"sampling": "stratified", "strata": (0, 3, 1)}, TypeError, r"strata is \(0, 3, 1\); it must be a pair of ints"),
+    ({"sampling": "stratified", "step": torch.arange(3)}, ValueError,
+     r"step has shape \(3,\); 'stratified' takes an int or a 0-d tensor"),
+    ({"step": torch.arange(2)}, ValueError, r"step has shape \(2,\); it must be \(3,\)"),
+    ({"seed": None}, TypeError, "seed is a NoneType; it must be an int or a 0-d integer tensor"),
+    ({"sample_ids": 3}, TypeError, r"sample_ids is a int; it must be an \(N,\) integer tensor or list of ints"),
+    ({"sample_ids": torch.zeros(3)}, TypeError, "sample_ids has dtype torch.float32; it must be an integer tensor"),
+    ({"sample_ids": torch.zeros(3, dtype=torch.int64, device=META)}, ValueError, "sample_ids is on meta; .* on cpu"),
+]  # fmt: skip
 LOSS = [
     ({"prediction": None}, TypeError, "prediction is a NoneType; it must be a tensor"),
     ({"prediction": torch.randn(3)}, ValueError, r"prediction has shape \(3,\); it must have at least 2 dimensions"),
@@ -212,6 +252,11 @@ SAMPLER = [
     ({"clip_x0": 0.0}, ValueError, "clip_x0 is 0.0; it must be positive, or None"),
     ({"clip_x0": float("nan")}, ValueError, "clip_x0 is nan; it must be finite"),
     ({"clip_x0": "yes"}, TypeError, "clip_x0 is a str; it must be a number"),
+    ({"guidance_rescale": 0.7}, ValueError, "uncond is None with guidance_rescale 0.7; only guided outputs are"),
+    ({"guidance_rescale": -0.1, "uncond": X}, ValueError, r"guidance_rescale is -0.1; it must be in \[0, 1\]"),
+    ({"guidance_rescale": 1.5, "uncond": X}, ValueError, r"guidance_rescale is 1.5; it must be in \[0, 1\]"),
+    ({"guidance_rescale": float("nan"), "uncond": X}, ValueError, "guidance_rescale is nan; it must be finite"),
+    ({"guidance_rescale": None}, TypeError, "guidance_rescale is a NoneType; it must be a number"),
     ({"step_index": 10}, ValueError, r"step_index is 10; it must be in \[0, 9\]"),
     ({"step_index": -1}, ValueError, r"step_index is -1; it must be in \[0, 9\]"),
     ({"step_index": 5.0}, TypeError, "step_index is a float; it must be an int or a 0-d integer tensor"),
@@ -304,6 +349,14 @@ def test_add_noise(keywords: dict[str, Any], error: type[Exception], message: st
     assert_raises(noised, keywords, error, message)
 
 
+@pytest.mark.parametrize("function", [drawn, drawn_and_noised])
+@pytest.mark.parametrize(("keywords", "error", "message"), named(DRAWN))
+def test_drawn_step_indices(
+    function: Callable[..., Any], keywords: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    assert_raises(function, keywords, error, message)
+
+
 @pytest.mark.parametrize(("keywords", "error", "message"), named(LOSS))
 def test_denoising_loss(keywords: dict[str, Any], error: type[Exception], message: str) -> None:
     assert_raises(loss, keywords, error, message)
@@ -388,6 +441,9 @@ def test_no_check_reads_a_tensors_values() -> None:
     attend(*[TOKENS.to(META)] * 3)
     normal(seed=scalar, sample_ids=ids, step=ids)
     noised(x, ids, schedule, sample_ids=ids)
+    for sampling in ("uniform", "stratified", "logit_normal"):
+        drawn(schedule, seed=scalar, sample_ids=ids, step=scalar, sampling=sampling)
+        sk.add_noise(x, None, schedule, seed=scalar, sample_ids=ids, step=scalar, sampling=sampling)
     loss(x, x, ids, schedule, sample_ids=ids, weights=schedule.alpha)
     images = {"x_t": x, "cond": x, "uncond": x, "previous_x0": x}
     indices = {"step_index": scalar, "next_index": scalar, "previous_index": scalar}

@@ -11,53 +11,124 @@ from torch import Tensor
 from soda_kernels import NoiseSchedule, _philox
 from soda_kernels.aot import specify
 from soda_kernels.diffusion import triton_impl
+from soda_kernels.diffusion.reference import SAMPLINGS, TARGETS
 from tests.harness.compilation import compile_specs, gate
 
 IMAGES = frozenset(
-    {"x0_ptr", "x_t_ptr", "prediction_ptr", "dprediction_ptr", "cond_ptr", "uncond_ptr", "previous_x0_ptr",
-     "x_next_ptr", "out_ptr"}
+    {"x0_ptr", "x_t_ptr", "prediction_ptr", "gradient_ptr", "image_ptr", "scaled_ptr", "cond_ptr", "uncond_ptr",
+     "previous_x0_ptr", "x_next_ptr", "out_ptr"}
 )  # fmt: skip
 SHAPES = {"pixels": (256, 3, 64, 64), "one image": (1, 3, 256, 256), "latents": (64, 4, 32, 32)}
+METHODS = DDIM, STOCHASTIC, DDPM, SECOND_ORDER = ("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp_2m", 0.0)
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+TABLE = torch.empty(1000, device="meta")
+SCALAR = torch.empty((), dtype=torch.int64, device="meta")
 
 
-def plans(shape: tuple[int, ...], layout: torch.memory_format) -> list[Any]:
-    """Every op in bf16, with all that it can have, and without."""
-    table = torch.empty(1000, device="meta")
-    index, ids = (torch.empty(shape[0], dtype=torch.int64, device="meta") for _ in range(2))
-    scalar = torch.empty((), dtype=torch.int64, device="meta")
-    dloss = torch.empty(shape[0], device="meta")
+class Images:
+    """Tensors of one shape and layout that only have sizes, and what comes with them."""
 
-    def image() -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta", memory_format=layout)
+    def __init__(self, shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.layout, self.dtype = shape, LAYOUTS[layout], dtype
+        self.index, self.ids = (torch.empty(shape[0], dtype=torch.int64, device="meta") for _ in range(2))
+        self.key = (SCALAR, self.ids, SCALAR)
+        self.dloss = torch.empty(shape[0], device="meta")
 
-    key = (scalar, ids, scalar)
-    found = [
-        triton_impl.plan_philox(*key, 4096, _philox.STREAMS["noise"], torch.bfloat16, normal=True),
-        triton_impl.plan_add_noise(image(), index, table, table, *key, "uniform", 0, 1, torch.bfloat16),
-    ]
-    for target in ("eps", "v", "x0"):
-        loss = (image(), image(), index, table, table, table if target == "v" else None, *key, target)
-        found += [triton_impl.plan_denoising_loss(*loss, False), triton_impl.plan_denoising_loss_backward(dloss, *loss)]
-    for method, eta in (("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp_2m", 0.0)):
+    def __call__(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(self.shape, dtype=dtype or self.dtype, device="meta", memory_format=self.layout)
+
+    def noising(self, sampling: str | None, x0: Tensor) -> Any:
+        """With a sampling the indices are drawn."""
+        index = self.index if sampling is None else None
+        sampled = (sampling or "uniform", 0, self.shape[0])
+        return triton_impl.plan_add_noise(x0, index, TABLE, TABLE, *self.key, *sampled, self.dtype)
+
+    def losses(self, target: str, x0: Tensor) -> list[Any]:
+        """Forward without and with the gradient, and the backward."""
+        loss = (self(), x0, self.index, TABLE, TABLE, TABLE if target == "v" else None, *self.key, target)
+        return [
+            triton_impl.plan_denoising_loss(*loss, False), triton_impl.plan_denoising_loss(*loss, True),
+            triton_impl.plan_denoising_loss_backward(self.dloss, *loss),
+        ]  # fmt: skip
+
+    def step(self, method: str, eta: float, target: str = "v", guidance_rescale: float = 0.0) -> Any:
+        """With guidance, clipping and for "dpmpp_2m" the step before."""
         second = method == "dpmpp_2m"
-        found.append(triton_impl.plan_sampler_step(
-            image(), image(), image(), table, table, table, scalar, scalar, method, "v", 2.0, eta, 1.0, 0.0,
-            image() if second else None, scalar if second else None, scalar, ids,
-        ))  # fmt: skip
+        return triton_impl.plan_sampler_step(
+            self(), self(), self(), TABLE, TABLE, TABLE, SCALAR, SCALAR, method, target, 2.0, eta, 1.0,
+            guidance_rescale, self() if second else None, SCALAR if second else None, SCALAR, self.ids,
+        )  # fmt: skip
+
+
+def plans(shape: tuple[int, ...], layout: str) -> list[Any]:
+    """Every op in bf16, with all that it can have, and without."""
+    images = Images(shape, layout)
+    found = [
+        triton_impl.plan_philox(*images.key, 4096, _philox.STREAMS["noise"], torch.bfloat16, normal=True),
+        triton_impl.plan_add_noise_backward(images(), images.index, TABLE),
+        triton_impl.plan_scale_samples(images(), images.dloss),
+        images.noising(None, images()),
+        images.noising(None, images(torch.uint8)),
+    ]
+    for sampling in SAMPLINGS:
+        found.append(triton_impl.plan_draw_step_index(*images.key, 1000, sampling, 0, shape[0]))
+        found.append(images.noising(sampling, images()))
+    for target in TARGETS:
+        found += images.losses(target, images())
+    found += images.losses("v", images(torch.uint8))
+    found += [images.step(method, eta, guidance_rescale=rescale) for method, eta in METHODS for rescale in (0.0, 0.7)]
     return found
 
 
+def complaints(found: list[Any], arch: str, min_vector_bytes: int) -> list[str]:
+    reports = compile_specs([specify(launch) for plan in found for launch in plan.launches], arch)
+    return [
+        complaint for report in reports
+        for complaint in gate(report, tensors=IMAGES, min_vector_bytes=min_vector_bytes)
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_measured_shapes(arch: str, layout: torch.memory_format) -> None:
+def test_measured_shapes(arch: str, layout: str) -> None:
     shapes = SHAPES if arch == "sm_90" else {"pixels": SHAPES["pixels"]}
-    launches = [launch for shape in shapes.values() for plan in plans(shape, layout) for launch in plan.launches]
-    reports = compile_specs([specify(launch) for launch in launches], arch)
     # Three channels side by side fill no 16 bytes, and of 8 numbers a thread AMD's compiler moves 4 at a time.
-    least = 0 if layout != torch.contiguous_format else 8 if arch == "gfx942" else 16
-    wrong = [complaint for report in reports for complaint in gate(report, tensors=IMAGES, min_vector_bytes=least)]
-    assert wrong == []
+    least = 0 if layout != "nchw" else 8 if arch == "gfx942" else 16
+    assert complaints([plan for shape in shapes.values() for plan in plans(shape, layout)], arch, least) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_largest_whole_samples(arch: str) -> None:
+    """The largest that a program holds to rescale guidance: without noise, and with it in one or several channels."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for images, methods in (
+            (Images((8, 4, 64, 64), "nhwc", dtype), (DDIM, SECOND_ORDER)),
+            (Images((8, 8, 32, 32), "nchw", dtype), (STOCHASTIC, DDPM)),
+            (Images((8, 4, 32, 32), "nhwc", dtype), (STOCHASTIC, DDPM)),
+        ):
+            found += [images.step(*method, target, guidance_rescale=0.7) for method in methods for target in TARGETS]
+    assert all(len(plan.launches) == 1 for plan in found)
+    assert complaints(found, arch, 0) == []
+    for shape, layout, method in (
+        ((8, 5, 64, 64), "nhwc", DDIM), ((8, 9, 32, 32), "nchw", DDPM), ((8, 5, 32, 32), "nhwc", DDPM)
+    ):  # fmt: skip
+        assert len(Images(shape, layout).step(*method, guidance_rescale=0.7).launches) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_of_every_width(arch: str) -> None:
+    """Which channels_last images get by their channels."""
+    found = []
+    for channels in (2, 4, 8, 16, 32, 64):
+        images = Images((256, channels, 32, 32), "nhwc")
+        found += [images.noising("logit_normal", images()), images.step("ddpm", 0.0), *images.losses("v", images())]
+    assert len({plan.config for plan in found}) == 6
+    assert complaints(found, arch, 0) == []
 
 
 def test_the_schedule_has_what_the_kernels_read() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from soda_kernels import NoiseSchedule, add_noise, denoising_loss, philox_normal
+from soda_kernels.diffusion.api import saves_gradient
 from tests.numerics import assert_accurate, assert_exact
 
 SCHEDULE = NoiseSchedule.inverted_cosine(50, dtype=torch.float64)
@@ -148,6 +149,83 @@ def test_the_loss_knows_the_noise_that_was_added(target: str, dtype: torch.dtype
         for change in ({"seed": 4}, {"step": 6}, {"sample_ids": torch.arange(4)}):
             other = denoising_loss(perfect, x0, index, schedule, target=target, **(key(4) | change))
             assert float(other.min()) > 1e-3
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_bytes_stand_for_images_in_fp32(layout: torch.memory_format) -> None:
+    octets = torch.arange(4 * 3 * 8 * 8).byte().view(4, 3, 8, 8).contiguous(memory_format=layout)
+    x0, index = octets.float() / 127.5 - 1, step_indices(4)
+    x_t = add_noise(octets, index, SCHEDULE, **key(4))
+    assert x_t.dtype == torch.float32
+    assert x_t.is_contiguous(memory_format=layout)
+    assert torch.equal(x_t, add_noise(x0, index, SCHEDULE, **key(4)))
+    prediction = torch.randn(4, 3, 8, 8, requires_grad=True)
+    for target in TARGETS:
+        loss, expected = (
+            denoising_loss(prediction, images, index, SCHEDULE, target=target, **key(4)) for images in (octets, x0)
+        )
+        assert torch.equal(loss, expected)
+        gradients = [torch.autograd.grad(each.sum(), prediction)[0] for each in (loss, expected)]
+        assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
+def test_x_t_is_rounded_to_its_dtype_at_the_end(dtype: torch.dtype) -> None:
+    x0, index = torch.randn(4, 3, 8, 8), step_indices(4)
+    expected = add_noise(x0, index, SCHEDULE, **key(4)).to(dtype)
+    assert torch.equal(add_noise(x0, index, SCHEDULE, dtype=dtype, **key(4)), expected)
+    octets = (x0 * 50 + 128).byte()
+    expected = add_noise(octets, index, SCHEDULE, **key(4)).to(dtype)
+    assert torch.equal(add_noise(octets, index, SCHEDULE, dtype=dtype, **key(4)), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+def test_the_gradient_of_x_t_with_drawn_indices(dtype: torch.dtype | None) -> None:
+    x0 = torch.randn(4, 3, 5, 7).requires_grad_()
+    x_t, index = add_noise(x0, None, SCHEDULE, dtype=dtype, sampling="stratified", **key(4))
+    assert not index.requires_grad
+    dx_t = torch.randn_like(x_t)
+    (dx0,) = torch.autograd.grad(x_t, x0, dx_t)
+    assert dx0.dtype == torch.float32
+    torch.testing.assert_close(dx0, (dx_t.double() * per_sample(SCHEDULE.alpha[index], x_t)).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_saved_gradient_is_the_one_computed_again(
+    monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype
+) -> None:
+    x0, index = torch.randn(4, 3, 8, 8), step_indices(4)
+    prediction = torch.randn(4, 3, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights, dloss = torch.rand(50), torch.randn(4)
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = denoising_loss(prediction, x0, index, SCHEDULE, target=target, weights=weights, **key(4))
+        return loss.detach(), torch.autograd.grad(loss, prediction, dloss, create_graph=True)[0]
+
+    loss, gradient = run()
+    monkeypatch.setattr("soda_kernels.diffusion.api.saves_gradient", lambda *_: True)
+    saved_loss, saved = run()
+    assert torch.equal(saved_loss, loss)
+    assert (saved.dtype, saved.stride()) == (gradient.dtype, gradient.stride())
+    # Rounded once more.
+    torch.testing.assert_close(saved, gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-9)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(saved.square().sum() + prediction.pow(3).sum(), prediction)
+
+
+def test_the_gradient_is_saved_where_that_moves_fewer_bytes() -> None:
+    def saves(prediction: torch.dtype, x0: torch.dtype, target: str, device: str = "meta") -> bool:
+        images = [torch.empty(2, 3, dtype=dtype, device=device) for dtype in (prediction, x0)]
+        return saves_gradient(*images, target)
+
+    fp32, bf16, fp16, uint8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
+    for target in ("v", "x0"):
+        assert saves(bf16, fp32, target)
+        for dtypes in ((fp32, fp32), (bf16, bf16), (fp32, bf16), (fp32, uint8), (bf16, uint8), (fp16, fp32)):
+            assert not saves(*dtypes, target)
+    assert not saves(bf16, fp32, "eps")
+    assert not saves(bf16, fp32, "v", device="cpu")
 
 
 def test_an_exact_prediction_has_exactly_no_loss() -> None:

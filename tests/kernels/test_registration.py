@@ -163,11 +163,22 @@ def noising(x: Tensor) -> Tensor:
     return sk.denoising_loss(x_t, x.detach(), index, SCHEDULE, seed=1, sample_ids=ids, step=steps, target="v")
 
 
+def drawing(x: Tensor) -> Tensor:
+    """Step indices drawn inside and alone, and images in bytes."""
+    key = {"seed": 1, "sample_ids": torch.arange(x.shape[0]), "step": 3}
+    x_t, index = sk.add_noise(x, None, SCHEDULE, sampling="logit_normal", **key)
+    octets = (x.detach() * 50 + 128).to(torch.uint8)
+    noisy, same = sk.add_noise(octets, None, SCHEDULE, sampling="logit_normal", dtype=torch.bfloat16, **key)
+    index = index + same - sk.draw_step_index(SCHEDULE, sampling="logit_normal", **key)
+    return sk.denoising_loss(x_t + noisy.float(), octets, index, SCHEDULE, target="x0", **key)
+
+
 def sampling(x: Tensor) -> Tensor:
     with torch.no_grad():
         ids = torch.arange(x.shape[0])
         noise = sk.philox_normal(x.shape, seed=1, sample_ids=ids) + sk.philox_uniform(x.shape, seed=1, sample_ids=ids)
         x_next, x0 = sk.sampler_step(x, noise, x, SCHEDULE, 9, 5, method="ddpm", cfg_scale=2.0, seed=1, sample_ids=ids)
+        x_next, _ = sk.sampler_step(x_next, noise, x, SCHEDULE, 7, 6, cfg_scale=3.0, guidance_rescale=0.7)
         x_next, _ = sk.sampler_step(
             x_next, noise, None, SCHEDULE, torch.tensor(5), torch.tensor(-1), method="dpmpp_2m", previous_x0=x0,
             previous_index=9,
@@ -175,7 +186,7 @@ def sampling(x: Tensor) -> Tensor:
     return x + x_next
 
 
-FUNCTIONS = [norm, attend, noising, sampling]
+FUNCTIONS = [norm, attend, noising, drawing, sampling]
 EACH_FUNCTION = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 
 
@@ -230,6 +241,22 @@ def test_a_compiled_backward_may_bring_a_gradient_in_the_other_layout() -> None:
     actual, expected = value_and_gradient(compiled, x), value_and_gradient(step, x)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert actual[1].stride() == x.stride()
+
+
+def test_stratified_draws_compile_without_graph_breaks() -> None:
+    """A graph for each size of the batch, of which the strata are the number."""
+    torch._dynamo.reset()
+
+    def draw(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        return sk.add_noise(
+            x, None, SCHEDULE, seed=1, sample_ids=torch.arange(x.shape[0]), step=step, sampling="stratified"
+        )  # fmt: skip
+
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    for batch in (3, 5, 7):
+        x, step = image_batch(batch), torch.tensor(batch)
+        for actual, expected in zip(compiled(x, step), draw(x, step), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_seeds_and_indices_that_change_do_not_recompile_for_each_value() -> None:
@@ -315,7 +342,7 @@ def test_autocast_leaves_the_dtypes_of_arguments_alone(function: Callable[[Tenso
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("function", [norm, attend, noising], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("function", [norm, attend, noising, drawing], ids=lambda function: function.__name__)
 def test_a_second_derivative_raises(function: Callable[[Tensor], Tensor]) -> None:
     x = image_batch(3).requires_grad_()
     (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
@@ -407,10 +434,10 @@ def test_the_backend_holds_in_other_threads() -> None:
 def test_explain_names_each_op_and_computes_nothing() -> None:
     explanation = sk.explain(sampling, image_batch(3))
     assert [choice.op for choice in explanation.choices] == [
-        "philox_normal", "philox_uniform", "sampler_step", "sampler_step"
+        "philox_normal", "philox_uniform", "sampler_step", "sampler_step", "sampler_step"
     ]  # fmt: skip
     assert all(choice.device == "cpu" and choice.reason for choice in explanation.choices)
-    assert len(str(explanation).splitlines()) == 4
+    assert len(str(explanation).splitlines()) == 5
     assert str(explanation).startswith("philox_normal on cpu: ")
     huge = torch.empty(1, device="meta").expand(2**20, 2**10, 2**10)
     assert sk.explain(sk.modulated_group_norm, huge, 32).choices[0].device == "meta"

@@ -171,6 +171,36 @@ def test_guidance(method: str, eta: float) -> None:
 
 
 @BY_METHOD
+@pytest.mark.parametrize("rescale", [0.7, 1.0])
+def test_guidance_rescale(method: str, eta: float, rescale: float) -> None:
+    """Lin et al. 2024, equations 14 to 16, written for one sample at a time."""
+    x_t, cond, uncond, _ = images()
+
+    def step(prediction: Tensor, other: Tensor | None, **keywords: float) -> tuple[Tensor, Tensor]:
+        return sampler_step(x_t, prediction, other, SCHEDULE, 50, 40, method=method, eta=eta, **KEY, **keywords)
+
+    guided = uncond + 5.0 * (cond - uncond)
+    rescaled = torch.stack([
+        rescale * (sample * (of_cond.std() / sample.std())) + (1 - rescale) * sample
+        for sample, of_cond in zip(guided, cond, strict=True)
+    ])  # fmt: skip
+    actual = step(cond, uncond, cfg_scale=5.0, guidance_rescale=rescale)
+    for name, result, expected in zip(("x_next", "x0"), actual, step(rescaled, None), strict=True):
+        assert_exact(result, expected, name)
+    assert torch.equal(step(cond, uncond, cfg_scale=5.0, guidance_rescale=0.0)[0], step(cond, uncond, cfg_scale=5.0)[0])
+
+
+def test_rescaling_guidance_that_does_not_vary_leaves_it() -> None:
+    x_t, *_ = images()
+    flat = torch.full(SHAPE, 0.25, dtype=torch.float64)
+    actual, _ = sampler_step(x_t, flat, flat, SCHEDULE, 50, 40, cfg_scale=2.0, guidance_rescale=0.7)
+    assert torch.equal(actual, sampler_step(x_t, flat, None, SCHEDULE, 50, 40)[0])
+    one = torch.randn(3, 1).double()  # one element a sample
+    actual, _ = sampler_step(one, one, -one, SCHEDULE, 50, 40, cfg_scale=2.0, guidance_rescale=0.7)
+    assert torch.equal(actual, sampler_step(one, one, -one, SCHEDULE, 50, 40, cfg_scale=2.0)[0])
+
+
+@BY_METHOD
 @pytest.mark.parametrize(("index", "next_index"), [(50, 40), (50, -1)])
 def test_ints_and_tensors_give_the_same_bits(index: int, next_index: int, method: str, eta: float) -> None:
     x_t, cond, uncond, previous_x0 = images(torch.float32)

@@ -34,8 +34,29 @@ def load(pointers, exists):
 def normal_pair(a, b):
     """Return the two normals of two words, by Box and Muller as in soda_kernels/_philox.py."""
     radius = tl.sqrt_rn(tl.log(a.to(tl.float32) * 2.0**-32 + 2.0**-33) * -2.0)
-    angle = (b >> 8).to(tl.float32) * _TWO_PI_OVER_2_24
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    turn = b >> 8
+    cosine, sine = _cosine_and_sine(turn.to(tl.float32) * _TWO_PI_OVER_2_24, (turn + (1 << 21)) >> 22)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _cosine_and_sine(angle, quarter):
+    """Return both within 2 ulps for 0 <= angle < 2 pi, whose nearest multiple of pi / 2 is the quarter-th.
+
+    The library's take any angle: for large ones they keep a table, which the compiler puts into local memory.
+    """
+    # Cody and Waite's reduction: the first three parts of pi / 2 have 12 bits, so that their products are exact.
+    count = quarter.to(tl.float32)
+    x = angle - count * 1.5703125 - count * 4.837512969970703125e-4 - count * 7.549533620476723e-8
+    x -= count * 2.563344151594519e-12
+    square = x * x
+    # Polynomials for |x| <= pi / 4 of the Cephes library (Moshier 1992), sinf and cosf.
+    sine = x + x * square * (-1.6666654611e-1 + square * (8.3321608736e-3 + square * -1.9515295891e-4))
+    cosine = 4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
+    cosine = 1.0 - 0.5 * square + square * square * cosine
+    swapped = (quarter & 1) != 0
+    c, s = tl.where(swapped, sine, cosine), tl.where(swapped, cosine, sine)
+    return tl.where(((quarter + 1) & 2) != 0, -c, c), tl.where((quarter & 2) != 0, -s, s)
 
 
 @triton.jit

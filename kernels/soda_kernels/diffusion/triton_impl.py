@@ -123,16 +123,16 @@ def plan_draw_step_index(
     seed: Tensor, sample_ids: Tensor, step: Tensor, num_steps: int, sampling: str, first_stratum: int, num_strata: int
 ) -> Plan:
     """Plan the op `draw_step_index`, whose arguments these are; there must be samples."""
-    out = torch.empty_like(sample_ids, memory_format=torch.contiguous_format)
+    drawn = torch.empty_like(sample_ids, memory_format=torch.contiguous_format)
     launch = Launch(
         kernel=_draw_step_index_kernel, grid=(math.ceil(len(sample_ids) / _INDEX_BLOCK),),
         arguments={
-            "out_ptr": out, **_key(seed, sample_ids, step), "batch": len(sample_ids), "num_steps": num_steps,
+            "drawn_ptr": drawn, **_key(seed, sample_ids, step), "batch": len(sample_ids), "num_steps": num_steps,
             "first_stratum": first_stratum, "num_strata": num_strata,
         },
         constants={"BLOCK": _INDEX_BLOCK, "STEP_PER_SAMPLE": step.ndim > 0, **_sampling(sampling)}, num_warps=4,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(out,), config=None)
+    return Plan(launches=(launch,), outputs=(drawn,), config=None)
 
 
 def plan_add_noise(

@@ -32,7 +32,7 @@ def _philox_kernel(
 
 @triton.jit
 def _draw_step_index_kernel(
-    out_ptr, seed_ptr, ids_ptr, step_ptr, batch, num_steps, first_stratum, num_strata,
+    drawn_ptr, seed_ptr, ids_ptr, step_ptr, batch, num_steps, first_stratum, num_strata,
     BLOCK: tl.constexpr, SAMPLING: tl.constexpr, TIMESTEP: tl.constexpr, SHARED_ID: tl.constexpr,
     STEP_PER_SAMPLE: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def _draw_step_index_kernel(
     step = tl.load(step_ptr + (sample if STEP_PER_SAMPLE else sample * 0), exists, 0)
     index = draw_step_index(tl.load(seed_ptr), sample_id, step, sample, num_steps, first_stratum, num_strata, SAMPLING,
                             TIMESTEP, SHARED_ID)  # fmt: skip
-    tl.store(out_ptr + sample, index, exists)
+    tl.store(drawn_ptr + sample, index, exists)
 
 
 @triton.jit
