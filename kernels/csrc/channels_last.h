@@ -67,12 +67,12 @@ template <bool with_dropout, class T, class F>
 inline void for_tiles(const GroupNorm& norm, int64_t sample, int64_t first_channel, const Part<T>& part, float* keep,
                       F f) {
   const int64_t most = with_dropout ? tile_channels : part.width;
-  const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
+  const Philox numbers = with_dropout ? dropout_numbers(norm.dropout, sample) : Philox();
   for_blocks(norm.space, [&](int64_t first, int64_t last) {
     for (int64_t c = 0; c < part.width; c += most) {
       const int64_t width = part.width - c < most ? part.width - c : most;
       if constexpr (with_dropout) {
-        keep_tile(norm.dropout, key, norm.space, first, last - first, first_channel + part.offset + c, width, keep,
+        keep_tile(norm.dropout, numbers, norm.space, first, last - first, first_channel + part.offset + c, width, keep,
                   tile_channels);
       }
       f(Tile{first, last, c, width, keep});

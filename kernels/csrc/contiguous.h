@@ -21,29 +21,6 @@ struct Planes {
   }
 };
 
-template <class T>
-inline void merge_run(const T* x, int64_t length, Moments* moments) {
-  Floats total[4] = {};
-  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
-    Floats value[step.count];
-    load_step<false>(step, x + i, n, value);
-    for (int k = 0; k < step.count; ++k) total[k] += value[k];
-  });
-  const float shift = sum_of_lanes(sum(total)) / static_cast<float>(length);
-  Floats deviations[4] = {}, squares[4] = {};
-  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
-    Floats value[step.count];
-    load_step<false>(step, x + i, n, value);
-    for (int k = 0; k < step.count; ++k) {
-      Floats centered = value[k] - shift;
-      if constexpr (!step.whole) centered = first_lanes(centered, n);
-      deviations[k] += centered;
-      squares[k] += centered * centered;
-    }
-  });
-  moments->merge(static_cast<double>(length), shift, sum_of_lanes(sum(deviations)), sum_of_lanes(sum(squares)));
-}
-
 // Call f(first, length) for the runs of a plane.
 template <class F>
 inline void for_runs(int64_t space, F f) {
@@ -62,7 +39,7 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
   T* const y = static_cast<T*>(norm.y) + sample * all * space;
   const float *scale = affine.scale[norm.num_modulations], *shift = affine.shift[norm.num_modulations];
   float* const keep = scratch.take<float>(with_dropout ? run_length : 0);
-  const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
+  const Philox numbers = with_dropout ? dropout_numbers(norm.dropout, sample) : Philox();
 
   const auto normalize = [&](int64_t group) {
     Moments moments;
@@ -95,7 +72,7 @@ inline void forward_unit(const Forward& norm, int64_t sample, int64_t first_grou
     for_runs(space, [&](int64_t first, int64_t length) {
       const T* const from = x.at(sample, c) + first;
       T* const to = y + c * space + first;
-      if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + first, length, keep);
+      if constexpr (with_dropout) keep_run(norm.dropout, numbers, c * space + first, length, keep);
       for_vectors(length, [&](auto step, int64_t i, int64_t n) {
         Floats value[step.count];
         prefetch_step(step, from + i + ahead);
@@ -134,7 +111,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   float* const keep = scratch.take<float>(with_dropout ? run_length : 0);
   float *const dscale = scratch.take<float>(width), *const dshift = scratch.take<float>(width);
   float* const dp = scratch.take<float>(channels * space);  // of a group: the gradient before the activation
-  const PhiloxKey key = with_dropout ? dropout_key(norm.dropout, sample) : PhiloxKey{};
+  const Philox numbers = with_dropout ? dropout_numbers(norm.dropout, sample) : Philox();
 
   const int64_t ahead = channels * space;
   const bool past_caches = streams<T>(norm, space, norm.dx, norm.dskip);
@@ -148,7 +125,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
       for_runs(space, [&](int64_t first, int64_t length) {
         const T *const from = x.at(sample, c) + first, *const gradient = dy + c * space + first;
         float* const to = dp + (c - begin) * space + first;
-        if constexpr (with_dropout) keep_run(norm.dropout, key, c * space + first, length, keep);
+        if constexpr (with_dropout) keep_run(norm.dropout, numbers, c * space + first, length, keep);
         Floats plain_lanes[4] = {}, weighted_lanes[4] = {};
         for_vectors(length, [&](auto step, int64_t i, int64_t n) {
           Floats value[step.count], centered[step.count], slope[step.count];

@@ -15,25 +15,48 @@ struct PhiloxKey {
   uint32_t stream;
 };
 
-// The four words of each block.
-inline void philox(Words block, const PhiloxKey& key, Words words[4]) {
-  Words c0 = block, c1 = Words{} + static_cast<uint32_t>(key.sample_id),
-        c2 = Words{} + ((static_cast<uint32_t>(key.sample_id >> 32) & 0x00ffffffu) | key.stream << 24),
-        c3 = Words{} + key.step;
-  uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    Words high_0, low_0, high_1, low_1;
-    multiply(c0, 0xd2511f53u, &high_0, &low_0);
-    multiply(c2, 0xcd9e8d57u, &high_1, &low_1);
-    c0 = high_1 ^ c1 ^ k0;
-    c2 = high_0 ^ c3 ^ k1;
-    c1 = low_1;
-    c3 = low_0;
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
+// The words of blocks. The rounds' keys are laid out once, so that a round spreads no scalar; a vector of words is two of
+// 64-bit ones, which a product's halves need not be sorted for: what stands above the lower 32 bits has no meaning.
+class Philox {
+ public:
+  Philox() = default;  // to be assigned to
+  explicit Philox(const PhiloxKey& key)
+      : Philox(key.seed, Words{} + static_cast<uint32_t>(key.sample_id),
+               Words{} + static_cast<uint32_t>(key.sample_id >> 32), Words{} + key.step, key.stream) {}
+
+  // With a sample id (in two halves) and a step for each lane.
+  Philox(uint64_t seed, Words id_low, Words id_high, Words step, uint32_t stream)
+      : counter_{id_low, (id_high & 0x00ffffffu) | stream << 24, step} {
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < rounds; ++round) {
+      keys_[round][0] = reinterpret_cast<Wide>(Words{} + k0), keys_[round][1] = reinterpret_cast<Wide>(Words{} + k1);
+      k0 += 0x9e3779b9u;
+      k1 += 0xbb67ae85u;
+    }
   }
-  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
-}
+
+  // The four words of each lane's block.
+  SODA_INLINE void operator()(Words block, Words (&words)[4]) const {
+    Wide c[4][2];
+    const Words counter[4] = {block, counter_[0], counter_[1], counter_[2]};
+    for (int i = 0; i < 4; ++i) c[i][0] = reinterpret_cast<Wide>(counter[i]), c[i][1] = c[i][0] >> 32;
+    for (int round = 0; round < rounds; ++round) {
+      for (int half = 0; half < 2; ++half) {
+        const Wide first = multiply(c[0][half], 0xd2511f53u), second = multiply(c[2][half], 0xcd9e8d57u);
+        c[0][half] = (second >> 32) ^ (c[1][half] ^ keys_[round][0]);
+        c[2][half] = (first >> 32) ^ (c[3][half] ^ keys_[round][1]);
+        c[1][half] = second;
+        c[3][half] = first;
+      }
+    }
+    for (int i = 0; i < 4; ++i) words[i] = join(c[i][0], c[i][1]);
+  }
+
+ private:
+  static constexpr int rounds = 10;
+  Words counter_[3];
+  Wide keys_[rounds][2];
+};
 
 // 0, 1, 2, … in the lanes.
 inline Words lane_indices() {

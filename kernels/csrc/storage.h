@@ -18,6 +18,11 @@ struct Half {
   uint16_t bits;
 };
 
+// Of an image of 8 bits: 0 to 255 stand for -1 to 1.
+struct Pixel {
+  uint8_t value;
+};
+
 static inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -40,6 +45,8 @@ static inline float widen(Half value) {
   if (exponent == 31) return float_of(sign | 0x7f800000u | mantissa << 13);
   return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
 }
+
+static inline float widen(Pixel pixel) { return (static_cast<float>(pixel.value) - 127.5f) / 127.5f; }
 
 // All round to nearest, ties to even.
 static inline void narrow(float value, float* to) { *to = value; }

@@ -9,7 +9,7 @@
 
 #include "storage.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -29,6 +29,7 @@ constexpr int lanes = 4;
 typedef float Floats __attribute__((vector_size(16)));
 #endif
 typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
+typedef uint64_t Wide __attribute__((vector_size(4 * lanes)));
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 inline Words as_words(Floats value) { return reinterpret_cast<Words>(value); }
@@ -137,6 +138,11 @@ SODA_INLINE __m256i to_half(Floats value) { return _mm512_cvtps_ph(value, _MM_FR
 SODA_INLINE void store(BFloat16* to, Floats value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bfloat16(value)); }
 SODA_INLINE void store(Half* to, Floats value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_half(value)); }
 
+SODA_INLINE Floats load(const Pixel* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)) - 127.5f) / 127.5f;
+}
+
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
 
 SODA_INLINE Floats load(const float* from, int count) { return _mm512_maskz_loadu_ps(first(count), from); }
@@ -147,6 +153,11 @@ SODA_INLINE Floats load(const BFloat16* from, int count) {
 }
 
 SODA_INLINE Floats load(const Half* from, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), from)); }
+
+SODA_INLINE Floats load(const Pixel* from, int count) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), from));
+  return _mm512_maskz_div_ps(first(count), _mm512_cvtepi32_ps(wide) - 127.5f, broadcast(127.5f));
+}
 
 SODA_INLINE void store(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
 SODA_INLINE void store(BFloat16* to, Floats value, int count) {
@@ -165,6 +176,11 @@ SODA_INLINE Floats load(const BFloat16* from) {
 
 SODA_INLINE Floats load(const Half* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+SODA_INLINE Floats load(const Pixel* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return (_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)) - 127.5f) / 127.5f;
 }
 
 SODA_INLINE void store(BFloat16* to, Floats value) {
@@ -195,7 +211,7 @@ SODA_INLINE void store(T* to, Floats value) {
 
 template <class T>
 SODA_INLINE Floats load(const T* from, int count) {
-  T padded[lanes] = {};
+  T padded[lanes] = {};  // of a Pixel -1, which is no number that a sum takes
   for (int i = 0; i < count; ++i) padded[i] = from[i];
   return load(padded);
 }
@@ -278,21 +294,60 @@ inline Floats first_lanes(Floats value, int64_t count) {
   return load(lane, static_cast<int>(count));
 }
 
-// Both halves of the 64-bit products of 32-bit words.
-inline void multiply(Words a, uint32_t b, Words* high, Words* low) {
+// The 64-bit products of a factor with the lower halves of 64-bit words.
+SODA_INLINE Wide multiply(Wide a, uint32_t b) {
 #if defined(__AVX512F__)
-  const __m512i factor = _mm512_set1_epi32(static_cast<int>(b)), words = reinterpret_cast<__m512i>(a);
-  const __m512i even = _mm512_mul_epu32(words, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(words, 32), factor);
-  *high = reinterpret_cast<Words>(_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd));
-  *low = reinterpret_cast<Words>(_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32)));
+  return reinterpret_cast<Wide>(_mm512_mul_epu32(reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
 #elif defined(__AVX2__)
-  const __m256i factor = _mm256_set1_epi32(static_cast<int>(b)), words = reinterpret_cast<__m256i>(a);
-  const __m256i even = _mm256_mul_epu32(words, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(words, 32), factor);
-  *high = reinterpret_cast<Words>(_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa));
-  *low = reinterpret_cast<Words>(_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa));
+  return reinterpret_cast<Wide>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Wide>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
 #else
-  for (int i = 0; i < lanes; ++i) (*high)[i] = static_cast<uint32_t>((static_cast<uint64_t>(a[i]) * b) >> 32);
-  *low = a * b;
+  return (a & 0xffffffffu) * b;
+#endif
+}
+
+// The lower halves of 64-bit words, side by side: lane 2 i is from even[i], lane 2 i + 1 from odd[i].
+SODA_INLINE Words join(Wide even, Wide odd) {
+  const Words high = reinterpret_cast<Words>(odd << 32);
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(
+      _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(even), 0xaaaa, reinterpret_cast<__m512i>(high)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_blend_epi32(reinterpret_cast<__m256i>(even), reinterpret_cast<__m256i>(high), 0xaa));
+#else
+  return reinterpret_cast<Words>(even & 0xffffffffu) | high;
+#endif
+}
+
+// Lane i of the result is lane from[i] of x.
+SODA_INLINE Floats permuted(Floats x, Words from) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(from), x);
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(x, reinterpret_cast<__m256i>(from));
+#else
+  Floats result;
+  for (int i = 0; i < lanes; ++i) result[i] = x[from[i]];
+  return result;
+#endif
+}
+
+// Transpose the fours of lanes: in four lanes of 128 bits, number j of x[i] becomes number i of x[j].
+SODA_INLINE void transpose_fours(Floats (&x)[4]) {
+#if defined(__AVX512F__)
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0], x[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0], x[1]));
+  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2], x[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2], x[3]));
+  x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+  x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+#elif defined(__AVX2__)
+  const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[0], x[1])), b = _mm256_castps_pd(_mm256_unpackhi_ps(x[0], x[1]));
+  const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[2], x[3])), d = _mm256_castps_pd(_mm256_unpackhi_ps(x[2], x[3]));
+  x[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)), x[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+  x[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)), x[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+#else
+  const Floats rows[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i) x[i] = Floats{rows[0][i], rows[1][i], rows[2][i], rows[3][i]};
 #endif
 }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,28 @@ BUILD_NOTE = Path(__file__).with_name("native_build.txt")
 ISAS = ("generic", "avx2", "avx512")
 ISA_VARIABLE = "SODA_CPU_ISA"
 
+# The families with native kernels; each lists its ops in its `native.FALLBACKS`.
+_FAMILIES = ("group_norm", "diffusion")
+
 # Holds what the library calls for inputs that it has no kernels for.
 _FALLBACKS = torch.library.Library("soda_kernels_native", "DEF")
 
 _library: ctypes.CDLL | None = None
 _reason = "it was not loaded"
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What the library calls for an op's inputs that it has no kernels for.
+
+    Attributes:
+        op: the op's name. function: what is called, with the op's arguments; its reference if None.
+        results: the type of the results in torch.library's language, the op's own if None.
+    """
+
+    op: str
+    function: Callable[..., Any] | None = None
+    results: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +75,7 @@ def load() -> None:
             _reason = noted or "it was not built; installing the package from its sources builds it"
             return
         try:
-            _define_fallback()
+            _define_fallbacks()
             torch.ops.load_library(LIBRARY)
             _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its C functions
         except (OSError, RuntimeError) as error:
@@ -70,26 +88,14 @@ def load() -> None:
 
 
 @functools.cache
-def _define_fallback() -> None:
-    """Let the library call the reference: the forward checked, which was left to it, the backward in one list."""
-    from soda_kernels.group_norm import ops  # noqa: F401  registers the reference
-    from soda_kernels.group_norm.checks import check_tensors
-
-    reference = torch.ops.soda_kernels_reference
-
-    def forward(*args: Any) -> Any:
-        check_tensors(*args[:7])
-        return reference.modulated_group_norm.default(*args)
-
-    def backward(*args: Any) -> list[torch.Tensor]:
-        *gradients, dmodulations = reference.modulated_group_norm_backward.default(*args)
-        return [*gradients, *dmodulations]
-
-    for function, name, results in ((forward, "modulated_group_norm", None),
-                                    (backward, "modulated_group_norm_backward", "Tensor[]")):  # fmt: skip
-        arguments, _, own_results = str(getattr(reference, name).default._schema).partition("(")[2].partition(") ->")
-        _FALLBACKS.define(f"{name}({arguments}) -> {results or own_results}")
-        _FALLBACKS.impl(name, function, "CompositeExplicitAutograd")
+def _define_fallbacks() -> None:
+    """Let the library call what the families list."""
+    for family in _FAMILIES:
+        for fallback in importlib.import_module(f"soda_kernels.{family}.native").FALLBACKS:
+            reference = getattr(torch.ops.soda_kernels_reference, fallback.op).default
+            arguments, _, results = str(reference._schema).partition("(")[2].partition(") ->")
+            _FALLBACKS.define(f"{fallback.op}({arguments}) -> {fallback.results or results}")
+            _FALLBACKS.impl(fallback.op, fallback.function or reference, "CompositeExplicitAutograd")
 
 
 def use_isa(name: str) -> None:
