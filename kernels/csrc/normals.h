@@ -17,6 +17,20 @@ typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
 
 inline Floats to_floats(Words small) { return __builtin_convertvector(reinterpret_cast<Ints>(small), Floats); }  // < 2^31
 
+// The value of a product as it is rounded: the compiler may not make it part of a fused operation.
+SODA_INLINE Floats rounded(Floats x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 SODA_INLINE Floats square_root(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_sqrt_ps(x);
@@ -44,30 +58,31 @@ SODA_INLINE void minus_two_log(Floats (&x)[count]) {
     for (int i = 0; i < count; ++i) p[i] = p[i] * f[i] + coefficient;
   }
   for (int i = 0; i < count; ++i) {
-    const Floats square = f[i] * f[i];
-    p[i] = p[i] * (f[i] * square) + e[i] * -2.12194440e-4f;  // ln 2 in two parts, of which the other has few bits
-    x[i] = (f[i] + (p[i] - square * 0.5f)) * -2.0f + e[i] * (-2.0f * 0.693359375f);
+    const Floats half = rounded(f[i] * f[i] * 0.5f), start = f[i] - half, rest = (f[i] - start) - half;
+    p[i] = p[i] * (half * (f[i] + f[i])) + (e[i] * -2.12194440e-4f + rest);  // ln 2 in two parts, one of few bits
+    x[i] = (start + p[i]) * -2.0f + e[i] * (-2.0f * 0.693359375f);
   }
 }
 
 // The cosine and the sine of 2 pi turn / 2^24, the angle rounded to fp32.
 template <int count>
 SODA_INLINE void cosine_and_sine(const Words (&turn)[count], Floats (&cosine)[count], Floats (&sine)[count]) {
-  Floats r[count];
+  Floats r[count], rest[count];
   for (int i = 0; i < count; ++i) {
     const Floats quarters = to_floats((turn[i] + (1u << 21)) >> 22);
-    r[i] = to_floats(turn[i]) * (0x1p-24f * 6.283185307179586f);
-    r[i] = r[i] - quarters * 0x1.921fbp0f;  // pi / 2 in parts of at most 21 bits: products with 0 to 4 are exact
-    r[i] = r[i] - quarters * 0x1.5110bp-22f;
-    r[i] = r[i] - quarters * 0x1.18469ap-44f;
+    const Floats angle = rounded(to_floats(turn[i]) * (0x1p-24f * 6.283185307179586f));
+    // Pi / 2 in three parts, of which two have 21 bits: their products with 0 to 4 are exact.
+    const Floats most = angle - quarters * 0x1.921fbp0f, little = quarters * 0x1.5110bp-22f;
+    r[i] = most - little;
+    rest[i] = ((most - r[i]) - little) - quarters * 0x1.18469ap-44f;
   }
   for (int i = 0; i < count; ++i) {
-    const Floats square = r[i] * r[i];
+    const Floats square = r[i] * r[i], half = rounded(square * 0.5f), start = 1.0f - half;
     Floats s = square * -1.9515295891e-4f + 8.3321608736e-3f, c = square * 2.443315711809948e-5f - 1.388731625493765e-3f;
     s = s * square - 1.6666654611e-1f;
     c = c * square + 4.166664568298827e-2f;
-    sine[i] = s * (square * r[i]) + r[i];
-    cosine[i] = c * (square * square) + (1.0f - square * 0.5f);
+    sine[i] = r[i] + (s * (square * r[i]) + rest[i]);
+    cosine[i] = start + (c * (square * square) + (((1.0f - start) - half) - r[i] * rest[i]));
   }
   for (int i = 0; i < count; ++i) {
     const Words quarter = (turn[i] + (1u << 21)) >> 22, half = quarter << 30, sign = Words{} + 0x80000000u;
