@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
 
     from benchmarks.cases import CPU_SETS, DTYPES, MEASURED_SETS, MODES
-    from benchmarks.families import FAMILIES, LAYOUTS, SHAPE_SETS, SUITES
+    from benchmarks.families import FAMILIES, LAYOUTS, LOOPS, SHAPE_SETS, SUITES
 
     def command(name: str, function: Callable[[Any], int], text: str, sets: Sequence[str]) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
@@ -84,8 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     traffic.add_argument("--json", type=Path, metavar="PATH", help="write a list of rows there")
 
     run = command("run", _run, "Time a suite: every provider, checked first, in turn with the others.", CPU_SETS)
-    run.add_argument("--suite", choices=tuple(SUITES), default="norm",
-                     help="norm: modulated group norm; attention; %(default)s if not given")  # fmt: skip
+    run.add_argument("--suite", choices=(*SUITES, LOOPS), default="norm",
+                     help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
+                          "sampling: whole loops, graphed and not; "
+                          "%(default)s if not given")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                      help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
     run.add_argument("--modes", type=_names("mode", MODES), default=MODES, metavar="MODES",
@@ -163,24 +165,27 @@ def _run(options: argparse.Namespace) -> int:
 
     from benchmarks import tables
     from benchmarks.cases import CPU_SETS
-    from benchmarks.families import SUITES, choose_cases
+    from benchmarks.families import LOOPS, SUITES, choose_cases
     from benchmarks.records import append_row
-    from benchmarks.suite import PACES, suite_rows
+    from benchmarks.suite import PACES, case_modes, suite_rows
     from benchmarks.summary import summarize_rows
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and PyTorch finds no CUDA device")
     device = torch.device(options.device)
     on_cpu = device.type == "cpu"
-    family, dtype = SUITES[options.suite], options.dtype or ("fp32" if on_cpu else "bf16")
-    chosen = choose_cases([family], options.cases, options.layouts, dtype, usual=CPU_SETS, on_cpu=on_cpu)
+    dtype = options.dtype or ("fp32" if on_cpu else "bf16")
+    if options.suite == LOOPS:
+        return _run_loops(options, device, dtype)
+    family = SUITES[options.suite]
+    chosen = choose_cases([family], options.cases, options.layouts, dtype, usual=CPU_SETS, timed=True, on_cpu=on_cpu)
     (cases,) = chosen.values()
+    parts = [(case, mode) for case in cases for mode in case_modes(case, options.modes)]
     rows: list[dict[str, Any]] = []
     measured = suite_rows(family, cases, options.modes, device, PACES["quick" if options.quick else "full"])
     try:
-        for index in range(len(cases) * len(options.modes)):
-            case, mode = cases[index // len(options.modes)], options.modes[index % len(options.modes)]
-            tables.show_progress(f"{index + 1}/{len(cases) * len(options.modes)} {case.id} {case.layout} {mode}")
+        for index, (case, mode) in enumerate(parts):
+            tables.show_progress(f"{index + 1}/{len(parts)} {case.id} {case.layout} {mode}")
             new = next(measured)
             for row in new if options.json is not None else ():
                 append_row(options.json, row)
@@ -189,6 +194,23 @@ def _run(options: argparse.Namespace) -> int:
         tables.end_progress()
     print(summarize_rows(rows))
     return 1 if any(row["status"] in ("invalid", "failed") for row in rows) else 0
+
+
+def _run_loops(options: argparse.Namespace, device: Any, dtype: str) -> int:
+    from benchmarks.diffusion.loop import loop_cases, loop_rows, loop_table
+    from benchmarks.records import append_row
+    from benchmarks.suite import PACES
+
+    if options.layouts is not None:
+        raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {options.suite} has none")
+    pace, rows = PACES["quick" if options.quick else "full"], []
+    cases = loop_cases(options.cases, device)
+    for new in loop_rows(cases, device, dtype, budget_s=pace.budget_s, min_rounds=pace.min_rounds):
+        for row in new if options.json is not None else ():
+            append_row(options.json, row)
+        rows += new
+    print(loop_table(rows))
+    return 1 if any(row["status"] == "invalid" for row in rows) else 0
 
 
 def _tune(options: argparse.Namespace) -> int:

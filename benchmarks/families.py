@@ -6,12 +6,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.attention import cases as attention_cases
 from benchmarks.attention import metering as attention_metering
 from benchmarks.attention import plans as attention_plans
 from benchmarks.attention import problems as attention_problems
 from benchmarks.attention import providers as attention_providers
 from benchmarks.cases import ShapeSet
+from benchmarks.diffusion import cases as diffusion_cases
+from benchmarks.diffusion import metering as diffusion_metering
+from benchmarks.diffusion import plans as diffusion_plans
+from benchmarks.diffusion import problems as diffusion_problems
+from benchmarks.diffusion import providers as diffusion_providers
 from benchmarks.group_norm import cases as norm_cases
 from benchmarks.group_norm import metering as norm_metering
 from benchmarks.group_norm import plans as norm_plans
@@ -21,21 +28,23 @@ from benchmarks.providers import Provider
 from benchmarks.steps import Forward, Problem, Step
 from soda_kernels import modulated_group_norm
 from soda_kernels.attention import config as attention_config
+from soda_kernels.diffusion import config as diffusion_config
 from soda_kernels.group_norm import config as norm_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One op: its cases, what is counted of them, who computes them, and how its kernels are launched."""
+    """One op, or a few that go together: cases, what is counted of them, who computes them, how kernels are run."""
 
     name: str
     """Of its kernels and of their table of tuned configs."""
     suite: str
-    op: str
-    """As rows of results call it."""
     shapes: Mapping[str, ShapeSet]
     layouts: tuple[str, ...]
     list_cases: Callable[..., list[Any]]
+    """Those that `traffic` counts and `tune` tunes."""
+    list_timed_cases: Callable[..., list[Any]]
+    """Those that `run` times."""
     problem: Callable[..., Problem]
     """Draws the tensors of a case on a device."""
     floor_bytes: Callable[[Any, str], int]
@@ -51,25 +60,29 @@ class Family:
     """Returns the call that runs one config on a problem."""
     metered_bytes: Callable[[Any, str, Any], Any]
     describe: Callable[[Any, str], Any]
-    """Says what the choice of a config sees of a problem."""
+    """Says what the choice of a config sees of a problem, or None where there is no choice."""
     candidates: Callable[[Any], Iterator[Any]]
     heuristic: Callable[[Any, int], Any]
+    complaints: Callable[[Any, str, Sequence[Tensor]], list[str]] = lambda *_: []
+    """Says what is wrong with results of a mode that depend on noise which only who computed them knows."""
 
     def cases(
-        self, shape_sets: Sequence[str], layouts: Sequence[str], dtype: str, *, on_cpu: bool = False
-    ) -> list[Any]:
-        """List the cases of those shape sets and layouts that it has."""
+        self, shape_sets: Sequence[str], layouts: Sequence[str], dtype: str, *, timed: bool = False,
+        on_cpu: bool = False,
+    ) -> list[Any]:  # fmt: skip
+        """List the cases of those shape sets and layouts that it has, or of what is timed."""
         sets = [name for name in shape_sets if name in self.shapes]
-        return self.list_cases(sets, [each for each in layouts if each in self.layouts], dtype, on_cpu=on_cpu)
+        list_cases = self.list_timed_cases if timed else self.list_cases
+        return list_cases(sets, [each for each in layouts if each in self.layouts], dtype, on_cpu=on_cpu)
 
 
 GROUP_NORM = Family(
     name="group_norm",
     suite="norm",
-    op="modulated_group_norm",
     shapes=norm_cases.NORM_SHAPES,
     layouts=norm_cases.LAYOUTS,
     list_cases=norm_cases.norm_cases,
+    list_timed_cases=norm_cases.norm_cases,
     problem=norm_problems.norm_problem,
     floor_bytes=norm_cases.norm_floor_bytes,
     flops=norm_cases.norm_flops,
@@ -87,10 +100,10 @@ GROUP_NORM = Family(
 ATTENTION = Family(
     name="attention",
     suite="attention",
-    op="attention",
     shapes=attention_cases.ATTENTION_SHAPES,
     layouts=attention_cases.LAYOUTS,
     list_cases=attention_cases.attention_cases,
+    list_timed_cases=attention_cases.attention_cases,
     problem=attention_problems.attention_problem,
     floor_bytes=attention_cases.attention_floor_bytes,
     flops=attention_cases.attention_flops,
@@ -105,21 +118,46 @@ ATTENTION = Family(
     heuristic=attention_config.heuristic,
 )
 
-FAMILIES = {family.name: family for family in (GROUP_NORM, ATTENTION)}
+DIFFUSION = Family(
+    name="diffusion",
+    suite="diffusion",
+    shapes=diffusion_cases.DIFFUSION_SHAPES,
+    layouts=diffusion_cases.LAYOUTS,
+    list_cases=diffusion_cases.diffusion_cases,
+    list_timed_cases=diffusion_cases.timed_cases,
+    problem=diffusion_problems.diffusion_problem,
+    floor_bytes=diffusion_cases.diffusion_floor_bytes,
+    flops=diffusion_cases.diffusion_flops,
+    own=diffusion_providers.own_diffusion,
+    plain=diffusion_providers.eager_diffusion,
+    providers=diffusion_providers.DIFFUSION_PROVIDERS,
+    plan=diffusion_plans.plan_problem,
+    step=diffusion_plans.problem_step,
+    metered_bytes=diffusion_metering.metered_bytes,
+    describe=diffusion_plans.describe_problem,
+    candidates=diffusion_config.candidates,
+    heuristic=diffusion_config.heuristic,
+    complaints=diffusion_providers.complaints,
+)
+
+FAMILIES = {family.name: family for family in (GROUP_NORM, ATTENTION, DIFFUSION)}
 SUITES = {family.suite: family for family in FAMILIES.values()}
+LOOPS = "sampling"
+"""The suite of whole sampling loops, which are no family: benchmarks/diffusion/loop.py."""
 SHAPE_SETS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.shapes))
-LAYOUTS = tuple(name for family in FAMILIES.values() for name in family.layouts)
+LAYOUTS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.layouts))
 
 
 def choose_cases(
     families: Sequence[Family], shape_sets: Sequence[str] | None, layouts: Sequence[str] | None, dtype: str, *,
-    usual: Sequence[str], on_cpu: bool = False,
+    usual: Sequence[str], timed: bool = False, on_cpu: bool = False,
 ) -> dict[str, list[Any]]:  # fmt: skip
     """List the cases of each family by its name.
 
     Args:
         shape_sets, layouts: what was asked for; None for the usual sets, and for every layout.
         usual: shape sets, of each family those that it has.
+        timed: list what `run` times.
 
     Raises:
         ValueError: what was asked for is of none of these families, or there is no case of it.
@@ -134,7 +172,7 @@ def choose_cases(
             if name not in there:
                 raise ValueError(f"{name} is no {kind} of {names}, which has {', '.join(there)}")
     chosen = {
-        family.name: family.cases(shape_sets or usual, layouts or layouts_there, dtype, on_cpu=on_cpu)
+        family.name: family.cases(shape_sets or usual, layouts or layouts_there, dtype, timed=timed, on_cpu=on_cpu)
         for family in families
     }
     if not any(chosen.values()):

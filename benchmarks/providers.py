@@ -32,6 +32,8 @@ class Provider:
     """Whether torch.compile made it: it then recompiles whenever PyTorch's global state changes."""
     most_times_torch: float = MOST_TIMES_TORCH
     """How many times the error of PyTorch's chain its results may have."""
+    draws: bool = False
+    """Whether the noise that it is timed with is its own, so that it is checked on noise that is handed to it."""
     names_kernel: bool = False
     """Whether it chooses among kernels, so that its rows name the one that ran."""
 

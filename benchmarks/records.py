@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from importlib import metadata
@@ -54,6 +55,11 @@ def describe_ceilings(ceilings: Ceilings) -> dict[str, float]:
         "copy_gbps": ceilings.copy_bytes_per_s / 1e9,
         f"matmul_{ceilings.matmul_dtype}_tflops": ceilings.matmul_flops_per_s / 1e12,
     }
+
+
+def describe_config(config: Any) -> tuple[str, dict[str, Any]]:
+    """Return a launch config's variant and fields; None is of a kernel that has no choice."""
+    return ("fixed", {}) if config is None else (config.variant, dataclasses.asdict(config))
 
 
 def new_row(**known: Any) -> dict[str, Any]:

@@ -15,8 +15,9 @@ Step = Callable[[], tuple[Tensor, ...]]
 class Problem(Protocol):
     """The tensors of one case; each family has its own."""
 
-    output: str
-    """Name of the result."""
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the results."""
 
     @property
     def named_inputs(self) -> dict[str, Tensor]:
@@ -24,17 +25,20 @@ class Problem(Protocol):
 
     @property
     def gradient(self) -> Tensor:
-        """What comes back to the result: of its shape and dtype, on its device."""
+        """What comes back to the last result: of its shape and dtype, on its device."""
 
-    def call(self, forward: Forward) -> Tensor:
+    def call(self, forward: Forward) -> Tensor | tuple[Tensor, ...]:
         """Apply a function with the signature of this project's own."""
+
+    def with_noise(self) -> Problem:
+        """Return the problem with the noise that its key stands for, where there is some."""
 
     def double(self) -> Problem:
         """Return copies of every tensor in fp64, apart from this problem's graph."""
 
 
 def make_step(forward: Forward, problem: Problem, mode: str) -> Step:
-    """Return what is timed: a call that gives the result, the gradients, or both.
+    """Return what is timed: a call that gives the results, the gradients of the last one, or both.
 
     "fwd" records no graph; "bwd" differentiates again and again a graph that is recorded here, once.
     """
@@ -43,24 +47,30 @@ def make_step(forward: Forward, problem: Problem, mode: str) -> Step:
 
         def step() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                return (problem.call(forward),)
+                return _results(problem, forward)
 
     elif mode == "bwd":
-        y = problem.call(forward)
+        last = _results(problem, forward)[-1]
 
         def step() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(y, inputs, problem.gradient, retain_graph=True)
+            return torch.autograd.grad(last, inputs, problem.gradient, retain_graph=True)
 
     else:
 
         def step() -> tuple[Tensor, ...]:
-            result = problem.call(forward)
-            return (result.detach(), *torch.autograd.grad(result, inputs, problem.gradient))
+            results = _results(problem, forward)
+            gradients = torch.autograd.grad(results[-1], inputs, problem.gradient)
+            return (*(result.detach() for result in results), *gradients)
 
     return step
+
+
+def _results(problem: Problem, forward: Forward) -> tuple[Tensor, ...]:
+    results = problem.call(forward)
+    return results if isinstance(results, tuple) else (results,)
 
 
 def result_names(problem: Problem, mode: str) -> tuple[str, ...]:
     """Name what a step of this mode returns."""
     gradients = tuple(f"d{name}" for name in problem.named_inputs)
-    return {"fwd": (problem.output,), "bwd": gradients, "fwd+bwd": (problem.output, *gradients)}[mode]
+    return {"fwd": problem.outputs, "bwd": gradients, "fwd+bwd": (*problem.outputs, *gradients)}[mode]

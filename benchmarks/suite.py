@@ -17,7 +17,7 @@ from benchmarks.accuracy import Check, check_step
 from benchmarks.families import Family
 from benchmarks.profiles import longest_kernel
 from benchmarks.providers import BASELINE, OURS, Provider, Refused
-from benchmarks.records import describe_ceilings, describe_environment, new_row
+from benchmarks.records import describe_ceilings, describe_config, describe_environment, new_row
 from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.steps import Forward, Problem, Step, make_step, result_names
 from soda_kernels import explain
@@ -63,19 +63,51 @@ def suite_rows(
     Args:
         providers: the family's if not given.
     """
-    constants = {"suite": family.suite, "op": family.op, "env": describe_environment(device)}
+    constants = {"suite": family.suite, "env": describe_environment(device)}
     ceilings = measure_ceilings(device, quick=pace.quick_ceilings)
     for case in cases:
         problem = family.problem(case, device, grad=True)
-        exact = make_step(family.plain, problem.double(), "fwd+bwd")()
-        plain = make_step(family.plain, problem, "fwd+bwd")()
-        for mode in modes:
-            wanted = {"fwd": slice(0, 1), "bwd": slice(1, None), "fwd+bwd": slice(None)}[mode]
+        by_key, handed = (_yardsticks(family, case, problem, handed) for handed in (False, True))
+        for mode in case_modes(case, modes):
             ready = {
-                provider.name: _prepare(provider, problem, mode, plain[wanted], exact[wanted])
+                provider.name: _prepare(family, provider, problem, mode, handed if provider.draws else by_key)
                 for provider in providers or family.providers
             }
             yield _measure(family, case, mode, problem, ready, pace, ceilings, constants)
+
+
+def case_modes(case: Any, modes: Sequence[str]) -> list[str]:
+    """Return those of some modes that a case has."""
+    return [mode for mode in modes if mode in case.modes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Yardsticks:
+    """What results are compared with, by name."""
+
+    problem: Problem
+    """That a provider is checked on."""
+    plain: dict[str, Tensor]
+    """By PyTorch's own chain in the same dtype."""
+    exact: dict[str, Tensor]
+    """By that chain in fp64."""
+
+
+def _yardsticks(family: Family, case: Any, problem: Problem, handed: bool) -> _Yardsticks:
+    """Return what a case's results are compared with.
+
+    Args:
+        handed: the noise, if there is some, is rounded to the problem's dtype and handed to the provider, which would
+            draw other noise; else it is drawn from the key, and is exact where the results are.
+    """
+    mode = case.modes[-1]
+    noisy = problem.with_noise()
+    wide = noisy.double() if handed else problem.double().with_noise()
+    named = [
+        dict(zip(result_names(each, mode), make_step(family.plain, each, mode)(), strict=True))
+        for each in (noisy, wide)
+    ]  # fmt: skip
+    return _Yardsticks(problem=noisy if handed else problem, plain=named[0], exact=named[1])
 
 
 def _measure(
@@ -89,7 +121,7 @@ def _measure(
     rows = []
     for name, entry in ready.items():
         row = new_row(
-            **constants, case=case.to_dict(), provider=name, mode=mode, status=entry.status,
+            **constants, op=case.op, case=case.to_dict(), provider=name, mode=mode, status=entry.status,
             reason=entry.reason, bytes_min=family.floor_bytes(case, mode), flops=family.flops(case, mode),
             ceilings=describe_ceilings(ceilings),
         )  # fmt: skip
@@ -117,9 +149,7 @@ def _measure(
     return rows
 
 
-def _prepare(
-    provider: Provider, problem: Problem, mode: str, plain: Sequence[Tensor], exact: Sequence[Tensor]
-) -> _Ready:
+def _prepare(family: Family, provider: Provider, problem: Problem, mode: str, yardsticks: _Yardsticks) -> _Ready:
     """Build a provider's step and hold its results against exact ones."""
     reason = provider.unavailable(problem)
     if reason is not None:
@@ -127,13 +157,18 @@ def _prepare(
     try:
         with _compile_settings(provider, mode):
             forward = provider.build()
-            step = make_step(forward, problem, mode)
+            step = make_step(forward, yardsticks.problem, mode)
             step()
+            names = result_names(problem, mode)
             # torch.compile recompiles when the switch that poisons is turned.
             check = check_step(
-                step, result_names(problem, mode), plain, exact, most_times_torch=provider.most_times_torch,
-                poison=not provider.compiled,
+                step, names, [yardsticks.plain[name] for name in names], [yardsticks.exact[name] for name in names],
+                most_times_torch=provider.most_times_torch, poison=not provider.compiled,
             )  # fmt: skip
+            if provider.draws:  # what is timed is checked too, as far as noise that nobody knows allows
+                step = make_step(forward, problem, mode)
+                found = family.complaints(problem, mode, step())
+                check = dataclasses.replace(check, problems=(*check.problems, *found))
     except Refused as refusal:
         return _Ready(step=None, check=None, forward=None, status="unavailable", reason=str(refusal))
     except Exception as error:  # whatever a library raises becomes its row
@@ -210,5 +245,5 @@ def _choice(family: Family, mode: str, problem: Problem) -> tuple[str, dict[str,
     if choice.backend != "triton":
         return choice.backend, choice.config, None
     plans = [family.plan(problem, part) for part in ("fwd", "bwd") if part in mode]
-    config = dataclasses.asdict(plans[0].config)
-    return plans[0].config.variant, config, sum(len(plan.launches) for plan in plans)
+    variant, config = describe_config(plans[0].config)
+    return variant, config, sum(len(plan.launches) for plan in plans)

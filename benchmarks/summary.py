@@ -13,10 +13,10 @@ Row = dict[str, Any]
 
 
 def summarize_rows(rows: Sequence[Row]) -> str:
-    """Write a table for each layout and timer, and below them what else has to be known."""
+    """Write a table for each op, layout and timer, and below them what else has to be known."""
     parts, rivals = [], _rivals(rows)
-    for layout, timer in dict.fromkeys((row["case"]["layout"], row["timer"]) for row in rows):
-        chosen = [row for row in rows if row["case"]["layout"] == layout and row["timer"] == timer]
+    for op, layout, timer in dict.fromkeys((row["op"], row["case"]["layout"], row["timer"]) for row in rows):
+        chosen = [row for row in rows if (row["op"], row["case"]["layout"], row["timer"]) == (op, layout, timer)]
         parts.append(_layout_table(layout, timer, chosen, rivals))
     return "\n\n".join([*parts, *filter(None, [_losses(rows, rivals), _kernels(rows), _not_timed(rows)])])
 
@@ -32,7 +32,7 @@ def speed_up(rows: Sequence[Row], case_id: str, mode: str, rival: str) -> tuple[
     """Return how many times the rival's time is this project's, and the spread within which that is noise.
 
     Args:
-        rows: of one layout and timer.
+        rows: of one op, layout and timer.
     """
     found = {row["provider"]: row for row in rows if row["case"]["id"] == case_id and row["mode"] == mode}
     if not all(name in found and found[name]["status"] == "ok" for name in (OURS, rival)):
@@ -42,7 +42,7 @@ def speed_up(rows: Sequence[Row], case_id: str, mode: str, rival: str) -> tuple[
 
 
 def _layout_table(layout: str, timer: str, rows: Sequence[Row], rivals: Sequence[str]) -> str:
-    """Write the rows of one layout and timer, and the geometric means of their speed-ups by mode."""
+    """Write the rows of one op, layout and timer, and the geometric means of their speed-ups by mode."""
     keys = list(dict.fromkeys((row["case"]["id"], row["mode"]) for row in rows))
     lines = []
     for case_id, mode in keys:

@@ -6,7 +6,6 @@ need not be there.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from benchmarks.families import Family
 from benchmarks.metering import hurried_interpreter
-from benchmarks.records import describe_environment
+from benchmarks.records import describe_config, describe_environment
 from benchmarks.roofline import H200, occupancy
 from benchmarks.tables import show_progress, table
 from soda_kernels.aot import specify
@@ -53,6 +52,7 @@ def traffic_rows(
         _Planned(family=family, case=case, mode=mode, plan=family.plan(family.problem(case, "meta"), mode))
         for family, case in cases
         for mode in modes
+        if mode in case.modes
     ]
     reports = {arch: _compile([spec for each in planned for spec in each.specs], arch) for arch in archs}
     for index, each in enumerate(planned):
@@ -92,11 +92,12 @@ def _row(planned: _Planned, reports: dict[str, dict[str, KernelReport]]) -> dict
         }
         for launch, spec, each in zip(plan.launches, planned.specs, by_launch, strict=True)
     ]  # fmt: skip
+    variant, config = describe_config(plan.config)
     return {
-        "op": family.op, "mode": mode, "variant": plan.config.variant, "case": case.id, "layout": case.layout,
+        "op": case.op, "mode": mode, "variant": variant, "case": case.id, "layout": case.layout,
         "dtype": case.dtype, "bytes_moved": moved, "bytes_dram": dram, "bytes_floor": floor, "ratio": dram / floor,
         "launches": len(kernels), "arch": {arch: _worst(kernels, arch) for arch in reports},
-        "kernels": kernels, "config": dataclasses.asdict(plan.config),
+        "kernels": kernels, "config": config,
         "metered_sizes": [size._asdict() for size in sizes],
         "env": describe_environment(torch.device("cpu")),
         "predicted_us": H200.least_us(dram, family.flops(case, mode)), "prediction": PREDICTION,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from benchmarks.cases import DTYPES, ShapeSet, cut_down
+from benchmarks.cases import DTYPES, MODES, ShapeSet, cut_down
 
 LAYOUTS = ("packed", "separate")
 
@@ -75,6 +75,10 @@ class AttentionCase:
     shape_set: str
     shape: AttentionShape
     dtype: str
+
+    op: ClassVar[str] = "attention"
+    """As rows of results call it."""
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     @property
     def id(self) -> str:

@@ -16,7 +16,7 @@ from benchmarks.steps import Forward
 class AttentionProblem:
     """The inputs of one call of attention and the gradient that comes back to it."""
 
-    output: ClassVar[str] = "o"
+    outputs: ClassVar[tuple[str, ...]] = ("o",)
 
     inputs: tuple[Tensor, ...]
     """A packed projection (B, T, 3, H, D) alone, or q (B, T, H, D), k and v (B, S, H, D)."""
@@ -47,6 +47,10 @@ class AttentionProblem:
     def call(self, forward: Forward) -> Tensor:
         """Apply a function of a packed projection, or of q, k and v."""
         return forward(*self.inputs)
+
+    def with_noise(self) -> AttentionProblem:
+        """Return this problem, in which there is no noise."""
+        return self
 
     def double(self) -> AttentionProblem:
         """Return copies of every tensor in fp64, apart from this problem's graph."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from benchmarks.cases import DTYPES, ShapeSet, cut_down
+from benchmarks.cases import DTYPES, MODES, ShapeSet, cut_down
 
 LAYOUTS = ("nchw", "nhwc")
 
@@ -100,6 +100,10 @@ class NormCase:
     shape: NormShape
     layout: str
     dtype: str
+
+    op: ClassVar[str] = "modulated_group_norm"
+    """As rows of results call it."""
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     @property
     def id(self) -> str:

@@ -18,7 +18,7 @@ EPS = 1e-5
 class NormProblem:
     """The inputs of one modulated group norm and the gradient that comes back to it."""
 
-    output: ClassVar[str] = "y"
+    outputs: ClassVar[tuple[str, ...]] = ("y",)
 
     x: Tensor
     skip: Tensor | None
@@ -51,6 +51,10 @@ class NormProblem:
         """Apply a function with the signature of `soda_kernels.modulated_group_norm`."""
         x = self.x if self.skip is None else (self.x, self.skip)
         return forward(x, self.num_groups, self.weight, self.bias, self.pairs)
+
+    def with_noise(self) -> NormProblem:
+        """Return this problem, in which there is no noise."""
+        return self
 
     def double(self) -> NormProblem:
         """Return contiguous copies of every tensor in fp64, apart from this problem's graph."""

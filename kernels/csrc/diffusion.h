@@ -104,6 +104,8 @@ struct SamplerStep {
 struct DiffusionKernels {
   void (*draw)(const Draw&, int64_t first_tile, int64_t last_tile);
   void (*draw_first)(const Draw&, int64_t first_sample, int64_t last_sample);  // one number a sample
+  // Of [blocks, 4] words as many normals; for tests.
+  void (*normals_of)(const uint32_t* words, int64_t blocks, float* normal);
   void (*add_noise)(const AddNoise&, int64_t first_tile, int64_t last_tile);
   void (*loss)(const Loss&, int64_t first_tile, int64_t last_tile);
   void (*scale)(const Scale&, int64_t first_tile, int64_t last_tile);

@@ -51,9 +51,9 @@ bool has_values(AtenTensorHandle image, bool or_pixels) {
          length_of(image) > 0;
 }
 
-bool is_table(AtenTensorHandle table) { return dtype_of(table) == Dtype::float32 && dims_of(table) == 1; }
-
 bool is_number(AtenTensorHandle tensor) { return dtype_of(tensor) || has_dtype(tensor, aoti_torch_dtype_float64()); }
+
+bool is_table(AtenTensorHandle table) { return is_number(table) && dims_of(table) == 1; }
 
 bool is_within(AtenTensorHandle indices, int64_t low, int64_t end) {
   if (!has_dtype(indices, aoti_torch_dtype_int64()) || dims_of(indices) > 1) return false;

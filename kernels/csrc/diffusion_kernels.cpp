@@ -56,6 +56,17 @@ void draw_first(const Draw& call, int64_t first_sample, int64_t last_sample) {
   }
 }
 
+void normals_of(const uint32_t* from, int64_t blocks, float* to) {
+  for (int64_t block = 0; block < blocks; block += lanes) {
+    const int64_t count = blocks - block < lanes ? blocks - block : lanes;
+    Words words[4] = {};
+    Floats normal[4];
+    for (int64_t i = 0; i < 4 * count; ++i) words[i % 4][i / 4] = from[4 * block + i];
+    normals(words, normal);
+    for (int64_t i = 0; i < 4 * count; ++i) to[4 * block + i] = normal[i % 4][i / 4];
+  }
+}
+
 void add_noise(const AddNoise& call, int64_t first_tile, int64_t last_tile) {
   with_type(call.x0, [&](auto x0) {
     with_type(call.dtype, [&](auto x_t) {
@@ -86,6 +97,6 @@ void sampler_step(const SamplerStep& call, int64_t first_tile, int64_t last_tile
 
 }  // namespace
 
-const DiffusionKernels diffusion = {draw, draw_first, add_noise, loss, scale, deviations, sampler_step};
+const DiffusionKernels diffusion = {draw, draw_first, normals_of, add_noise, loss, scale, deviations, sampler_step};
 
 }  // namespace soda::SODA_ISA

@@ -59,3 +59,7 @@ int soda_kernels_use_isa(const char* name) {
   }
   return 0;
 }
+
+void soda_kernels_normals(const uint32_t* words, int64_t blocks, float* normals) {
+  soda::diffusion_kernels().normals_of(words, blocks, normals);
+}

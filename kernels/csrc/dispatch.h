@@ -15,3 +15,7 @@ const DiffusionKernels& diffusion_kernels();
 // does not have it.
 extern "C" __attribute__((visibility("default"))) const char* soda_kernels_isa();
 extern "C" __attribute__((visibility("default"))) int soda_kernels_use_isa(const char* name);
+
+// The normals that [blocks, 4] words become; for tests, which cannot choose the words of a key.
+extern "C" __attribute__((visibility("default"))) void soda_kernels_normals(const uint32_t* words, int64_t blocks,
+                                                                           float* normals);

@@ -83,18 +83,24 @@ inline const float* target_of(Target target, const X0* x0, const float* normal, 
   return out;
 }
 
-// The error's squares and the gradient of a tile, each where it is asked for.
+// The error's squares and the gradient of a tile, each where it is asked for. Squares are summed in fp32 for short runs.
 template <bool with_squares, bool with_gradient, class T>
 inline double compare(const T* prediction, const float* target, float factor, T* gradient, int64_t length) {
-  Floats squares[4] = {};
-  for_vectors(length, [&](auto step, int64_t i, int64_t n) {
-    for (int k = 0; k < step.count; ++k, i += lanes) {
-      const Floats error = load_lanes<step.whole>(prediction + i, n) - load_lanes<step.whole>(target + i, n);
-      if constexpr (with_squares) squares[k] += error * error;
-      if constexpr (with_gradient) store_lanes<step.whole>(gradient + i, error * factor, n);
-    }
-  });
-  return static_cast<double>(sum_of_lanes(sum(squares)));
+  constexpr int64_t run = 512;
+  double total = 0.0;
+  for (int64_t first = 0; first < length; first += run) {
+    Floats squares[4] = {};
+    for_vectors(length - first < run ? length - first : run, [&](auto step, int64_t i, int64_t n) {
+      i += first;
+      for (int k = 0; k < step.count; ++k, i += lanes) {
+        const Floats error = load_lanes<step.whole>(prediction + i, n) - load_lanes<step.whole>(target + i, n);
+        if constexpr (with_squares) squares[k] += error * error;
+        if constexpr (with_gradient) store_lanes<step.whole>(gradient + i, error * factor, n);
+      }
+    });
+    if constexpr (with_squares) total += static_cast<double>(sum_of_lanes(sum(squares)));
+  }
+  return total;
 }
 
 template <class X0, class T>

@@ -74,6 +74,8 @@ class Plan:
     """The op's results, allocated and not yet written; an absent one is empty."""
     config: Any
     """The launch config, a frozen dataclass."""
+    problem: Any = None
+    """What the choice of the config saw, where a plan tells."""
 
     def run(self) -> tuple[Any, ...]:
         """Run every launch and return the outputs."""

@@ -127,6 +127,33 @@ def poisoned_results() -> Iterator[list[int]]:
         counts.append(_library.soda_kernels_poison(0))
 
 
+def normals_of_words(words: torch.Tensor) -> torch.Tensor:
+    """Return the library's normals of random words, fp32 of shape [blocks, 4] as the words (int64 of 32 bits) are.
+
+    For tests, which reach through a key only the words that it has.
+    """
+    assert _library is not None, "the native library is not loaded"
+    words = words.to(torch.int32).contiguous()  # wraps, which keeps the bits
+    normals = torch.empty(words.shape, dtype=torch.float32)
+    data = (ctypes.c_void_p(words.data_ptr()), ctypes.c_int64(len(words)), ctypes.c_void_p(normals.data_ptr()))
+    _library.soda_kernels_normals(*data)
+    return normals
+
+
+def in_words(refusal: RuntimeError, op: str, *arguments: Any) -> Exception:
+    """Return what an op's reference says of a call on CPU tensors that failed, or the refusal itself if it says nothing.
+
+    The library leaves wrong values to the reference, whose error reaches Python through it without type and words.
+    """
+    if _library is None or not arguments[0].is_cpu:
+        return refusal
+    try:
+        getattr(torch.ops.soda_kernels_reference, op)(*arguments)
+    except Exception as error:
+        return error
+    return refusal
+
+
 def native_is_loaded() -> bool:
     """Tell whether ops on CPU tensors run the native library."""
     return _library is not None

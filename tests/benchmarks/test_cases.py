@@ -19,7 +19,10 @@ from benchmarks.attention.cases import (
 from benchmarks.attention.plans import attention_plan
 from benchmarks.attention.problems import attention_problem
 from benchmarks.cases import DTYPES
-from benchmarks.families import FAMILIES, Family, choose_cases
+from benchmarks.diffusion.cases import METERED_CALLS, diffusion_floor_bytes, diffusion_flops
+from benchmarks.diffusion.plans import diffusion_plan
+from benchmarks.diffusion.problems import diffusion_problem
+from benchmarks.families import DIFFUSION, FAMILIES, Family, choose_cases
 from benchmarks.group_norm.cases import LAYOUTS, NORM_SHAPES, NormCase, NormShape, norm_cases, norm_floor_bytes
 from benchmarks.group_norm.plans import norm_plan
 from benchmarks.group_norm.problems import norm_problem
@@ -111,6 +114,72 @@ def test_floor_is_the_size_of_attentions_inputs_and_outputs(shape_set: str, dtyp
         assert attention_floor_bytes(case, "bwd") == inputs + problem.do.nbytes + o.nbytes + lse.nbytes + outputs
 
 
+# An image is 768 bytes in bf16, 384 of uint8; a key is 32 bytes; of integers there are 16 a batch and 8 of floats.
+FLOORS = {
+    "normals": (768 + 32, None),
+    "given": (2 * 768 + 32 + 16 + 2 * 8, None),
+    "drawn-u8": (384 + 768 + 32 + 16 + 2 * 8, None),
+    "eps": (768 + 32 + 16 + 2 * 8, 2 * 768 + 32 + 16 + 2 * 8),
+    "v": (2 * 768 + 32 + 2 * 8 + 16 + 2 * 8, 3 * 768 + 32 + 2 * 8 + 16 + 2 * 8),
+    "x0": (2 * 768 + 16 + 2 * 8, 3 * 768 + 16 + 2 * 8),
+    "v-u8": (768 + 384 + 32 + 2 * 8 + 16 + 2 * 8, 2 * 768 + 384 + 32 + 2 * 8 + 16 + 2 * 8),
+    "eps-saved": (2 * 768 + 32 + 16 + 2 * 8, 2 * 768 + 8),
+    "ddim": (4 * 768, None),
+    "ddim-guided-rescale": (5 * 768, None),
+    "ddpm": (4 * 768 + 32, None),
+    "dpmpp-guided-clip": (6 * 768, None),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_noising_and_sampling_as_counted_by_hand(name: str) -> None:
+    (case,) = (case for case in DIFFUSION.cases(["tiny"], ["nchw"], "bf16") if case.call.name == name)
+    forward, backward = FLOORS[name]
+    assert case.id == f"tiny/2x3@8x8 {name}"
+    assert diffusion_floor_bytes(case, "fwd") == forward and diffusion_flops(case, "fwd") > 0
+    assert case.modes == (("fwd",) if backward is None else ("fwd", "bwd"))
+    if backward is not None:
+        assert diffusion_floor_bytes(case, "bwd") == backward
+        assert diffusion_floor_bytes(case, "fwd+bwd") == forward + backward
+
+
+def test_noising_and_loss_is_the_sum_of_its_ops() -> None:
+    by_name = {case.call.name: case for case in DIFFUSION.cases(["tiny"], ["nchw"], "bf16")}
+    for both in DIFFUSION.cases(["tiny"], ["nchw"], "bf16", timed=True):
+        if both.op == "noising_and_loss":
+            loss = by_name[both.call.name]
+            expected = diffusion_floor_bytes(by_name["given"], "fwd") + diffusion_floor_bytes(loss, "fwd")
+            assert diffusion_floor_bytes(both, "fwd") == expected
+            assert diffusion_floor_bytes(both, "bwd") == diffusion_floor_bytes(loss, "bwd")
+
+
+def test_every_op_and_way_of_calling_it_is_measured() -> None:
+    ops = Counter(call.op for call in METERED_CALLS)
+    assert ops.keys() == {"philox_normal", "add_noise", "denoising_loss", "sampler_step"}
+    losses = {(call.target, call.saves) for call in METERED_CALLS if call.op == "denoising_loss"}
+    assert losses == {(target, saves) for target in ("eps", "v", "x0") for saves in (False, True)}
+    steps = {(call.method, call.guided) for call in METERED_CALLS if call.op == "sampler_step"}
+    assert steps == {(method, guided) for method in ("ddpm", "ddim", "dpmpp_2m") for guided in (False, True)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_images_of_noising_and_sampling_are_the_plans(dtype: str) -> None:
+    """What the floor says is written, a plan writes, but for a sample's few numbers."""
+    for case in DIFFUSION.cases(["odd", "sd15"], DIFFUSION.layouts, dtype):
+        image = case.image_elements * case.torch_dtype.itemsize
+        problem = diffusion_problem(case, "meta")
+        given = (problem.x, problem.prediction, problem.uncond, problem.previous_x0)
+        if case.op == "sampler_step":
+            read = sum(each.nbytes for each in given if each is not None)
+            key = 8 * (2 + case.shape.batch) if case.call.draws else 0
+            assert diffusion_floor_bytes(case, "fwd") == read + 2 * image + key
+        for mode in case.modes:
+            written = [each for each in diffusion_plan(case, mode, "meta").outputs if each.ndim > 1]
+            loss_alone = case.op == "denoising_loss" and mode == "fwd" and not case.call.saves
+            count = 0 if loss_alone else 2 if case.op == "sampler_step" else 1
+            assert [each.nbytes for each in written] == [image] * count
+
+
 def test_attention_of_a_models_shapes_has_its_heads() -> None:
     heads = {name: {case.shape.head_dim for case in attention_cases([name], ("packed", "separate"), "bf16")}
              for name in ("cifar", "soda-64", "soda-128", "sd15")}  # fmt: skip
@@ -122,10 +191,15 @@ def test_cases_are_of_the_sets_and_layouts_that_a_family_has() -> None:
     families, usual = list(FAMILIES.values()), ("cifar", "lengths")
     chosen = choose_cases(families, None, ("nchw", "packed"), "bf16", usual=usual)
     found = {name: {(case.shape_set, case.layout) for case in cases} for name, cases in chosen.items()}
-    assert found == {"group_norm": {("cifar", "nchw")}, "attention": {("cifar", "packed"), ("lengths", "packed")}}
+    assert found == {
+        "group_norm": {("cifar", "nchw")}, "attention": {("cifar", "packed"), ("lengths", "packed")},
+        "diffusion": {("cifar", "nchw")},
+    }  # fmt: skip
     assert chosen == choose_cases(families, usual, ("nchw", "packed"), "bf16", usual=())
     everything = choose_cases(families, None, None, "bf16", usual=usual)
-    assert [len(cases) for cases in everything.values()] == [8, 14]
+    assert [len(cases) for cases in everything.values()] == [8, 14, 43]
+    timed = choose_cases(families, None, None, "bf16", usual=usual, timed=True)
+    assert [len(cases) for cases in timed.values()] == [8, 14, 10]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +207,7 @@ def test_cases_are_of_the_sets_and_layouts_that_a_family_has() -> None:
     [
         (["attention"], ("cifar", "vae-decode"), None, "vae-decode is no shape set of attention, which has lengths, c"),
         (["group_norm"], None, ("nhwc", "packed"), "packed is no layout of group_norm, which has nchw, nhwc$"),
-        (list(FAMILIES), ("vae-decode",), ("packed",), "group_norm or attention has no case of vae-decode in packed"),
+        (list(FAMILIES), ("vae-decode",), ("packed",), "or diffusion has no case of vae-decode in packed"),
     ],
 )  # fmt: skip
 def test_what_no_family_has_is_said(names: list[str], shape_sets: Any, layouts: Any, said: str) -> None:

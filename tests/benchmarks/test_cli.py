@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         (["traffic", "--cases", "vae-decode", "--layouts", "packed"], "no case of vae-decode in packed"),
         (["tune", "--family", "sorting"], "sorting"),
         (["tune", "--family", "group_norm", "--cases", "lengths"], "lengths is no shape set of group_norm"),
+        (["run", "--suite", "sampling", "--layouts", "nchw"], "--layouts is nchw"),
+        (["run", "--suite", "sampling", "--cases", "adm-256"], "adm-256 is no shape set of sampling"),
         (["run", "--colour"], "--colour"),
     ],
     ids=" ".join,
@@ -131,7 +134,7 @@ def test_the_attention_suite_appends_rows_too(call: Callable[..., Result], tmp_p
 @needs_interpreter
 def test_traffic_of_a_tiny_case(call: Callable[..., Result], tmp_path: Path) -> None:
     path = tmp_path / "results" / "rows.json"
-    result = call("traffic", "--cases", "tiny", "--json", path)
+    result = call("traffic", "--family", "group_norm,attention", "--cases", "tiny", "--json", path)
     assert result.code == 0, result.err
     rows = json.loads(path.read_text())
     found = {(row["op"], row["case"], row["layout"], row["mode"]): row["bytes_floor"] for row in rows}
@@ -175,6 +178,50 @@ def test_traffic_of_one_family(call: Callable[..., Result], tmp_path: Path) -> N
 
 
 @needs_interpreter
+def test_traffic_of_every_op_of_diffusion(call: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    result = call("traffic", "--family", "diffusion", "--cases", "tiny", "--no-compile", "--json", path)
+    assert result.code == 0, result.err
+    rows = json.loads(path.read_text())
+    counts = Counter((row["op"], row["mode"]) for row in rows)
+    assert counts == {
+        ("philox_normal", "fwd"): 1, ("add_noise", "fwd"): 12, ("denoising_loss", "fwd"): 14,
+        ("denoising_loss", "bwd"): 14, ("sampler_step", "fwd"): 16,
+    }  # fmt: skip
+    for row in rows:
+        assert row.keys() >= TRAFFIC_KEYS
+        assert row["bytes_dram"] >= row["bytes_floor"] and row["ratio"] == row["bytes_dram"] / row["bytes_floor"]
+        assert row["launches"] == (2 if (row["op"], row["mode"]) == ("denoising_loss", "fwd") else 1)
+        assert f"{row['op']}, bf16\n" in result.out
+
+
+def test_the_diffusion_suite_appends_rows_too(call: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    arguments = ["--suite", "diffusion", "--cases", "tiny", "--layouts", "nhwc", "--modes", "fwd", "--quick"]
+    result = call("run", *arguments, "--json", path)
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert Counter((row["op"], row["provider"], row["status"]) for row in rows) == {
+        (op, provider, "ok"): count
+        for op, count in (("noising_and_loss", 2), ("sampler_step", 3))
+        for provider in ("ours", "eager", "compile")
+    }
+    assert "noising_and_loss, fp32, nhwc" in result.out and "sampler_step, fp32, nhwc" in result.out
+
+
+def test_loops_are_timed_eagerly_where_there_are_no_graphs(call: Callable[..., Result], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    result = call("run", "--suite", "sampling", "--cases", "tiny", "--quick", "--json", path)
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {(row["op"], row["provider"], row["status"], row["reason"]) for row in rows} == {
+        ("sampling_loop", "eager", "ok", None), ("sampling_loop", "graphed", "unavailable", "CUDA graphs need a GPU"),
+    }  # fmt: skip
+    assert all((row["stats"]["p50"] is None) == (row["provider"] == "graphed") for row in rows)
+    assert "CUDA graphs need a GPU" in result.out
+
+
+@needs_interpreter
 def test_traffic_that_is_cut_short_leaves_the_old_file(
     call: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +235,7 @@ def test_traffic_that_is_cut_short_leaves_the_old_file(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(benchmarks.traffic, "traffic_rows", rows)
-    result = call("traffic", "--cases", "tiny", "--json", path)
+    result = call("traffic", "--family", "group_norm,attention", "--cases", "tiny", "--json", path)
     assert result.code == 130
     assert path.read_text() == "[]\n"
     assert list(tmp_path.iterdir()) == [path]

@@ -7,11 +7,15 @@ import pytest
 from benchmarks.attention import metering as attention_metering
 from benchmarks.attention.cases import AttentionCase, AttentionShape, attention_floor_bytes
 from benchmarks.attention.plans import attention_plan
+from benchmarks.diffusion import metering as diffusion_metering
+from benchmarks.diffusion.cases import METERED_CALLS, DiffusionCase, ImageShape
+from benchmarks.diffusion.plans import diffusion_plan
 from benchmarks.group_norm import metering as norm_metering
 from benchmarks.group_norm.cases import NormCase, NormShape
 from benchmarks.group_norm.plans import norm_plan
 from benchmarks.metering import hurried_interpreter, meter_plan
 from soda_kernels.attention.config import AttentionConfig
+from soda_kernels.diffusion.config import TileConfig
 from soda_kernels.group_norm.config import GroupNormConfig
 from tests.harness.interpreter import is_interpreting
 from tests.harness.traffic import meter
@@ -103,6 +107,30 @@ def test_traffic_of_attention_where_heads_fill_the_chip(length: int, head_dim: i
             config = attention_plan(case, mode, "meta").config
             launches, _ = attention_metering.metered_bytes(case, mode, config)
         assert sum(launch["bytes_dram"] for launch in launches) <= most * attention_floor_bytes(case, mode)
+
+
+# shape, layout, tile, how many samples are metered forward: after as many, images of bytes and the sums of tiles begin
+# with a sector again.
+DIFFUSION = {
+    "one-tile": (ImageShape(16, 2, 8, 8), "nhwc", (128, 4), {"v-u8": 8, "drawn": 8, "ddim-guided-rescale": 8}),
+    "tiles": (ImageShape(4, 4, 8, 8), "nchw", (32, 1), {"v-u8": 1, "drawn": 1, "ddim-guided-rescale": 4}),
+    "odd": (ImageShape(16, 3, 5, 6), "nhwc", (32, 4), {"v-u8": 16, "drawn": 8, "ddim-guided-rescale": 8}),
+    "uneven": (ImageShape(3, 2, 4, 4), "nchw", (32, 1), {"v-u8": 3, "drawn": 3, "ddim-guided-rescale": 3}),
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_bytes_of_a_few_images_are_those_of_all(name: str) -> None:
+    shape, layout, (positions, channels), samples = DIFFUSION[name]
+    config = TileConfig(positions=positions, channels=channels, num_warps=1)
+    for call in METERED_CALLS:
+        case = DiffusionCase(shape_set=name, shape=shape, call=call, layout=layout, dtype="bf16")
+        for mode in case.modes if call.name in samples else ():
+            with hurried_interpreter():
+                followed, (fewer,) = diffusion_metering.metered_bytes(case, mode, config)
+                whole = meter_plan(diffusion_plan(case, mode, "cpu", config=config))
+            assert followed == whole, (call.name, mode)
+            assert fewer == shape._replace(batch=samples[call.name]) or mode == "bwd", (call.name, mode)
 
 
 def test_the_hurried_interpreter_counts_the_same_and_is_put_back() -> None:

@@ -18,7 +18,14 @@ from soda_kernels.attention.config import PYTORCH_VARIANTS, AttentionConfig, Pro
 
 Saved = list[tuple[str, str, dict[str, dict[str, Any]], dict[str, Any]]]
 
-BEST = {"group_norm": {"variant": "split", "slab": 16}, "attention": {"block_m": 32, "block_n": 16}}
+# The first whose fields a config has is its family's.
+BEST: dict[str, dict[str, Any]] = {
+    "group_norm": {"variant": "split", "slab": 16},
+    "attention": {"block_m": 32, "block_n": 16},
+    "diffusion": {"num_warps": 2},
+}
+# In all layouts, and in the last one. What draws no noise is one problem in both layouts of diffusion.
+PROBLEMS_OF = {"group_norm": (4, 2), "attention": (4, 2), "diffusion": (35, 22)}
 both = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 
 
@@ -44,9 +51,9 @@ def made_up(config: Any, steps: Sequence[Step]) -> float:
 @both
 def test_the_fastest_is_saved_for_each_problem_at_once(family: Family) -> None:
     lines, saved = run(family, made_up)
-    assert len(lines) == len(saved) == 4  # two layouts, forward and backward
+    assert len(lines) == len(saved) == PROBLEMS_OF[family.name][0]
     keys = [key for _, _, configs, _ in saved for key in configs]
-    assert len(set(keys)) == 4
+    assert len(set(keys)) == len(keys)
     for name, arch, configs, provenance in saved:
         assert (name, arch) == (family.name, "cpu")
         (config,) = configs.values()
@@ -63,7 +70,7 @@ def test_a_candidate_that_does_not_run_is_counted_and_said(family: Family) -> No
         return made_up(config, steps)
 
     lines, saved = run(family, measure)
-    assert len(saved) == 4
+    assert len(saved) == PROBLEMS_OF[family.name][0]
     assert all("refused to run" in line and "out of resource" in line for line in lines)
 
 
@@ -74,12 +81,14 @@ def test_nothing_is_saved_where_nothing_ran(family: Family) -> None:
 
     lines, saved = run(family, measure)
     assert not saved
-    assert len(lines) == 4 and all("no candidate ran" in line and "no device" in line for line in lines)
+    assert len(lines) == PROBLEMS_OF[family.name][0]
+    assert all("no candidate ran" in line and "no device" in line for line in lines)
 
 
 @both
 def test_a_step_runs_the_config_on_the_problem(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = family.problem(family.cases(["tiny"], family.layouts, "fp32")[0], "cpu")
+    problems = (family.problem(case, "cpu") for case in family.cases(["tiny"], family.layouts, "fp32"))
+    problem = next(each for each in problems if family.describe(each, "fwd") is not None)
     described = family.describe(problem, "fwd")
     config = family.heuristic(described, 132)
     planned: list[Any] = []
@@ -166,4 +175,4 @@ def test_a_gpu_is_tuned(family: Family) -> None:
 
     cases = family.cases(["tiny"], family.layouts[-1:], "bf16")
     lines = list(tune_family(family, cases, torch.device("cuda"), save=save))
-    assert len(keys) == len(lines) == 2
+    assert len(keys) == len(lines) == PROBLEMS_OF[family.name][1]

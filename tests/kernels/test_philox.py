@@ -1,25 +1,15 @@
-"""The counter RNG: known answers, what a number depends on, and the statistics of what is drawn."""
+"""The counter RNG: known answers, and what a number depends on; what is drawn, test_noise_statistics.py looks at."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor
 
-from soda_kernels import philox_normal, philox_uniform, use_backend
+from soda_kernels import philox_normal, philox_uniform
 from soda_kernels._philox import STREAMS, philox4x32
-from tests.harness.interpreter import require_interpreter
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    require_interpreter()
-
-SIGNIFICANT = 1e-3
 
 
 def philox_words(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
@@ -148,89 +138,3 @@ def test_normals_of_every_dtype_are_those_of_fp64_rounded(dtype: torch.dtype) ->
 def test_small_and_empty_shapes(shape: tuple[int, ...]) -> None:
     for draw in (philox_normal, philox_uniform):
         assert draw(shape, seed=0, sample_ids=range(shape[0])).shape == shape
-
-
-# Statistics, on one million draws, by every implementation
-
-MILLION = (125, 8000)
-IMPLEMENTATIONS = ["reference", "device", "triton"]
-
-
-def million(implementation: str, *, normal: bool) -> np.ndarray:
-    """Draw fp32 numbers, fp64 normals of the reference: "device" is a CPU's, "triton" a GPU's or the interpreter's."""
-    if implementation == "triton":
-        from soda_kernels.diffusion.triton_impl import plan_philox
-
-        key = (x.to(DEVICE) for x in (torch.tensor(0), torch.arange(MILLION[0]), torch.tensor(0)))
-        (drawn,) = plan_philox(*key, MILLION[1], STREAMS["noise"], torch.float32, normal=normal).run()
-        return drawn.double().cpu().numpy()
-    draw = philox_normal if normal else philox_uniform
-    if implementation == "device":
-        return draw(MILLION, seed=0, sample_ids=range(MILLION[0])).double().numpy()
-    dtype = torch.float64 if normal else torch.float32
-    with use_backend("reference"):
-        return draw(MILLION, seed=0, sample_ids=range(MILLION[0]), dtype=dtype).double().numpy()
-
-
-@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
-def normals(request: pytest.FixtureRequest) -> Iterator[np.ndarray]:
-    with pytest.MonkeyPatch.context() as patch:
-        # A program a sample, since the interpreter takes its time by the program.
-        patch.setattr("soda_kernels.diffusion.triton_impl._PHILOX_BLOCK", 8192)
-        yield million(request.param, normal=True)
-
-
-# Triton's uniforms are the reference's bit for bit, which its own tests show.
-@pytest.fixture(scope="module", params=["reference", "device"])
-def uniforms(request: pytest.FixtureRequest) -> np.ndarray:
-    return million(request.param, normal=False)
-
-
-def test_normals_pass_kolmogorov_smirnov(normals: np.ndarray) -> None:
-    assert stats.kstest(normals.ravel(), "norm").pvalue > SIGNIFICANT
-
-
-def test_moments_of_normals(normals: np.ndarray) -> None:
-    for power, (moment, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
-        z = (np.mean(normals**power) - moment) / math.sqrt(variance / normals.size)
-        assert 2 * stats.norm.sf(abs(z)) > SIGNIFICANT, f"moment {power}"
-
-
-def test_normals_are_not_correlated(normals: np.ndarray) -> None:
-    flat = normals.ravel()
-    tests = {f"lag {lag}": (flat[:-lag], flat[lag:]) for lag in (1, 2, 3, 4, 8)}
-    tests["neighbouring samples"] = (normals[:-1].ravel(), normals[1:].ravel())
-    tests["squares at lag 1"] = (flat[:-1] ** 2, flat[1:] ** 2)
-    other = {"seed": {"seed": 1}, "step": {"step": 1}, "stream": {"stream": "sampler"}}
-    for name, change in other.items():
-        key = {"seed": 0, "sample_ids": range(MILLION[0])} | change
-        tests[f"another {name}"] = (flat, philox_normal(MILLION, **key).numpy().ravel())
-    for name, (a, b) in tests.items():
-        assert stats.pearsonr(a, b).pvalue > SIGNIFICANT, name
-
-
-def test_the_largest_normal_is_the_documented_one(normals: np.ndarray) -> None:
-    assert np.abs(normals).max() < 6.7637
-    assert math.sqrt(66 * math.log(2)) == pytest.approx(6.7637, abs=5e-5)
-    # The smallest word, which is where the largest normal comes from.
-    assert math.sqrt(-2 * math.log(2**-33)) == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-15)
-    assert np.abs(normals).max() > stats.norm.isf(1e-4 / 2 / normals.size * 1e4)
-
-
-def test_uniforms_are_uniform_and_below_one(uniforms: np.ndarray) -> None:
-    assert uniforms.min() >= 0.0
-    assert uniforms.max() < 1.0
-    assert np.array_equal(uniforms * 2**24, np.floor(uniforms * 2**24))
-    assert stats.kstest(uniforms.ravel(), "uniform").pvalue > SIGNIFICANT
-    assert stats.chisquare(np.bincount((uniforms.ravel() * 256).astype(int), minlength=256)).pvalue > SIGNIFICANT
-
-
-def test_the_largest_word_is_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2^32 words the last ones would round up to 1 in fp32 without the shift."""
-    largest = torch.full((1, 1, 4), 0xFFFFFFFF)
-    monkeypatch.setattr("soda_kernels._philox.random_blocks", lambda *_: largest)
-    for dtype in (torch.float32, torch.float64):
-        assert philox_uniform((1, 4), seed=0, sample_ids=[0], dtype=dtype).max() < 1
-    assert philox_normal((1, 4), seed=0, sample_ids=[0]).isfinite().all()
-    monkeypatch.setattr("soda_kernels._philox.random_blocks", lambda *_: torch.zeros_like(largest))
-    assert float(philox_normal((1, 4), seed=0, sample_ids=[0]).abs().max()) == pytest.approx(6.7637, abs=5e-5)

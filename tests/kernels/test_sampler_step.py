@@ -1,10 +1,8 @@
-"""Sampler steps: the published formulas in fp64, and what whole sampling loops with a perfect predictor give."""
+"""Sampler steps: the published formulas in fp64; test_sampler_convergence.py has whole loops."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -282,75 +280,3 @@ def test_a_step_index_tensor_out_of_range_raises_on_a_cpu() -> None:
     for index in (-1, 100):
         with pytest.raises(ValueError, match="step_index"):
             sampler_step(x_t, cond, None, SCHEDULE, torch.tensor(index), torch.tensor(0))
-
-
-# Whole loops, with the perfect predictor for images of one Gaussian
-
-
-MEAN, STD = 0.3, 0.5
-
-
-def perfect_eps(schedule: NoiseSchedule) -> Callable[[Tensor, int], Tensor]:
-    """E[noise | x_t] for x0 ~ N(MEAN, STD^2)."""
-
-    def predict(x_t: Tensor, index: int) -> Tensor:
-        alpha, sigma = float(schedule.alpha[index]), float(schedule.sigma[index])
-        return sigma * (x_t - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
-
-    return predict
-
-
-def flow(schedule: NoiseSchedule, x: Tensor, start: int, end: int) -> Tensor:
-    """The probability flow's exact map between two steps: it keeps the standardized value."""
-    alpha, sigma = schedule.alpha, schedule.sigma
-    a, s = (1.0, 0.0) if end < 0 else (float(alpha[end]), float(sigma[end]))
-    standardized = (x - alpha[start] * MEAN) / (alpha[start] ** 2 * STD**2 + sigma[start] ** 2).sqrt()
-    return a * MEAN + math.sqrt(a**2 * STD**2 + s**2) * standardized
-
-
-def sample(schedule: NoiseSchedule, x: Tensor, indices: list[int], method: str, *, order: int = 1) -> Tensor:
-    """Step through the indices; the last is the end."""
-    predict, previous = perfect_eps(schedule), {}
-    for index, next_index in pairwise(indices):
-        x, x0 = sampler_step(
-            x, predict(x, index), None, schedule, index, next_index, method=method, seed=1, sample_ids=range(len(x)),
-            **previous,
-        )  # fmt: skip
-        previous = {"previous_x0": x0, "previous_index": index} if order == 2 else {}
-    return x
-
-
-# DDIM is first-order: a thousand steps leave this much of a deviation of one. The inverted cosine's tables are steep at
-# both ends (logsnr goes from -11.5 to -3.9 in one step), which costs it two digits.
-@pytest.mark.parametrize(("name", "tolerance"), [("cosine", 1e-3), ("linear", 2e-3), ("inverted_cosine", 3e-2)])
-def test_ddim_lands_on_the_analytic_flow(name: str, tolerance: float) -> None:
-    schedule = getattr(NoiseSchedule, name)(1000, dtype=torch.float64)
-    x = torch.linspace(-1, 1, 9, dtype=torch.float64).view(1, 9)
-    actual = sample(schedule, x, list(range(999, -2, -1)), "ddim")
-    assert float((actual - flow(schedule, x, 999, -1)).abs().max()) < tolerance
-
-
-def test_ddpm_samples_the_distribution() -> None:
-    schedule = NoiseSchedule.cosine(500)
-    num = 4096
-    x = philox_normal((64, num // 64), seed=0, sample_ids=range(64))
-    samples = sample(schedule, x, list(range(499, -2, -1)), "ddpm").double()
-    assert abs(float(samples.mean()) - MEAN) < 3 * STD / math.sqrt(num)
-    assert abs(float(samples.var()) - STD**2) < 3 * STD**2 * math.sqrt(2 / num)
-
-
-def test_dpmpp_2m_converges_with_second_order() -> None:
-    """Halving the steps in logsnr divides the error by 4, at first order by 2."""
-    schedule = NoiseSchedule.from_alpha_bar(torch.linspace(5, -5, 321).double().sigmoid(), dtype=torch.float64)
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 9)
-    exact = flow(schedule, x, 320, 0)
-    errors = {
-        order: [
-            float((sample(schedule, x, list(range(320, -1, -stride)), "dpmpp_2m", order=order) - exact).norm())
-            for stride in (16, 8, 4, 2)
-        ]
-        for order in (1, 2)
-    }
-    assert all(3.4 < coarse / fine < 4.6 for coarse, fine in pairwise(errors[2])), errors
-    assert all(1.8 < coarse / fine < 2.2 for coarse, fine in pairwise(errors[1])), errors
-    assert errors[2][0] < errors[1][-1]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soda_kernels import NoiseSchedule, _philox
 from soda_kernels.diffusion import reference
-from soda_kernels.diffusion.config import TileConfig, choose, choose_whole
+from soda_kernels.diffusion.config import Problem, TileConfig, candidates, choose, heuristic
 from tests.harness.interpreter import require_interpreter
 from tests.harness.memory import check_memory
 from tests.harness.traffic import meter
@@ -332,12 +332,57 @@ def test_traffic_and_launches(layout: str) -> None:
             assert meter(plan).bytes_dram <= 1.02 * images * 4 * 2 * 4 * 64 * 64, name
 
 
+def problem(batch: int, positions: int, channels: int = 1, **options: bool) -> Problem:
+    return Problem(
+        kernel="k", batch=batch, positions=positions, channels=channels, element_bytes=(1, 2), **options
+    )  # fmt: skip
+
+
 def test_tiles_fill_the_chip_or_grow() -> None:
-    device = torch.device("cpu")
-    assert choose(1, 3 * 32 * 32, 1, device).positions == 512
-    assert choose(256, 3 * 64 * 64, 1, device).positions == 4096
-    wide = choose(64, 32 * 32, 256, device)
+    assert heuristic(problem(1, 3 * 32 * 32)).positions == 512
+    assert heuristic(problem(256, 3 * 64 * 64)).positions == 4096
+    wide = heuristic(problem(64, 32 * 32, 256))
     assert wide.channels == 64 and wide.positions * wide.channels == 2048
-    assert choose_whole(4 * 64 * 64, 1, draws=False) is not None
-    assert choose_whole(4 * 64 * 64, 1, draws=True) is None
-    assert choose_whole(3 * 64 * 64 + 2**13, 1, draws=False) is None
+
+
+def test_a_tile_holds_a_whole_sample_where_that_is_wanted_and_can_be() -> None:
+    assert heuristic(problem(256, 4 * 64 * 64, draws=False, whole=True)).positions == 4 * 64 * 64
+    assert heuristic(problem(256, 4 * 64 * 64, draws=True, whole=True)).positions == 4096
+    assert heuristic(problem(256, 5 * 64 * 64, draws=False, whole=True)).positions == 4096
+    assert heuristic(problem(256, 4 * 64 * 64, draws=False)).positions == 4096
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("channels", [1, 3, 24, 256])
+def test_candidates_are_valid_and_have_the_heuristics_choice(channels: int, whole: bool) -> None:
+    for batch in (1, 64):
+        for positions in (1, 63, 1024, 12288):
+            each = problem(batch, positions, channels, whole=whole)
+            tiles = list(candidates(each))
+            assert heuristic(each) in tiles and len(set(tiles)) == len(tiles)
+            for tile in tiles:
+                assert tile.positions % 4 == 0 and 1 <= tile.num_warps <= 16
+                numbers = (tile.positions, tile.channels, tile.num_warps)
+                assert all(number & (number - 1) == 0 for number in numbers)  # powers of two
+
+
+def test_a_tuned_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def look_up(family: str, key: str, device: torch.device) -> dict[str, int] | None:
+        asked.append(f"{family} {key}")
+        return {"positions": 8, "channels": 1, "num_warps": 2} if "c1-" in key else None
+
+    monkeypatch.setattr("soda_kernels._tuning.look_up", look_up)
+    device = torch.device("cpu")
+    assert choose(problem(100, 1024), device) == TileConfig(positions=8, channels=1, num_warps=2)
+    assert choose(problem(100, 1024, 3), device) == heuristic(problem(100, 1024, 3))
+    assert asked == ["diffusion k-8+16bit-n128-c1-p1024", "diffusion k-8+16bit-n128-c3-p1024"]
+
+
+def test_different_work_has_different_keys() -> None:
+    problems = [plan.problem for plan, *_ in plans((2, 4, 8, 8), "nhwc", "one") if plan.problem is not None]
+    assert {each.kernel for each in problems} == {
+        "add_noise", "scale_samples", "denoising_loss-v", "denoising_loss-v-saving", "denoising_loss_backward-v",
+        "sampler_step-dpmpp_2m-guided", "sampler_step-dpmpp_2m-guided-rescaled",
+    }  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from soda_kernels import _checks
 from soda_kernels._autograd import first_derivative_only, is_differentiated
 from soda_kernels._backend import current_ops
+from soda_kernels._native import in_words
 from soda_kernels.diffusion import ops as _ops  # noqa: F401  registers the ops
 from soda_kernels.diffusion.checks import check_key, check_sampling, check_schedule, check_step_index
 from soda_kernels.diffusion.reference import TARGETS
@@ -80,7 +81,10 @@ def add_noise(
     if index is None:
         first, total = check_sampling(sampling, strata, x0.shape[0], schedule.num_steps, key[2])
     arguments = (x0, index, schedule.alpha, schedule.sigma, *key, sampling, first, total, dtype)
-    x_t, drawn = _AddNoise.apply(*arguments) if is_differentiated(x0) else current_ops().add_noise(*arguments)
+    try:
+        x_t, drawn = _AddNoise.apply(*arguments) if is_differentiated(x0) else current_ops().add_noise(*arguments)
+    except RuntimeError as refusal:
+        raise in_words(refusal, "add_noise", *arguments) from None
     return (x_t, drawn) if index is None else x_t
 
 
@@ -134,9 +138,12 @@ def denoising_loss(
     index = check_step_index(step_index, prediction.shape[0], prediction)
     seed, sample_ids, step = check_key(prediction, seed, sample_ids, step)
     arguments = (prediction, x0, index, schedule.alpha, schedule.sigma, weights, seed, sample_ids, step, target)
-    if is_differentiated(prediction):
-        return _DenoisingLoss.apply(*arguments)
-    return current_ops().denoising_loss(*arguments, False)[0]
+    try:
+        if is_differentiated(prediction):
+            return _DenoisingLoss.apply(*arguments)
+        return current_ops().denoising_loss(*arguments, False)[0]
+    except RuntimeError as refusal:
+        raise in_words(refusal, "denoising_loss", *arguments, False) from None
 
 
 class _AddNoise(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soda_kernels import _checks
 from soda_kernels._backend import current_ops
+from soda_kernels._native import in_words
 from soda_kernels.diffusion import ops as _ops  # noqa: F401  registers the ops
 from soda_kernels.diffusion.checks import check_indices, check_schedule
 from soda_kernels.diffusion.reference import METHODS, TARGETS
@@ -99,7 +100,7 @@ def sampler_step(
     check_schedule(schedule, x_t)
     check_indices(step_index, next_index, previous_index, schedule.num_steps)
     device = x_t.device
-    return current_ops().sampler_step(
+    arguments = (
         x_t, cond, uncond, schedule.alpha, schedule.sigma, schedule.logsnr,
         _checks.int64_scalar("step_index", step_index, device), _checks.int64_scalar("next_index", next_index, device),
         method, target, cfg_scale, eta, clip_x0, guidance_rescale, previous_x0,
@@ -108,3 +109,7 @@ def sampler_step(
         _checks.int64_vector("sample_ids", sample_ids, x_t.shape[0], device) if stochastic and sample_ids is not None
         else None,
     )  # fmt: skip
+    try:
+        return current_ops().sampler_step(*arguments)
+    except RuntimeError as refusal:
+        raise in_words(refusal, "sampler_step", *arguments) from None

@@ -1,8 +1,11 @@
-"""How the images of noise-schedule sampling are laid over programs: the tile of a problem."""
+"""How the images of noise-schedule sampling are laid over programs: the tiles of a problem, and which one to take."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -11,6 +14,7 @@ from soda_kernels import _tuning
 # Elements of a tile at the most and at the least; how many programs of a multiprocessor are wanted before tiles grow.
 _MOST, _LEAST = 4096, 512
 _PROGRAMS = 4
+_WIDEST = 64
 # Of one channel a thread's fill an access of 16 bytes; of several, 8 spill in some tiles (compiled for sm_90).
 _ELEMENTS_OF_A_THREAD = {False: 8, True: 4}
 _MOST_WARPS = 16
@@ -21,8 +25,35 @@ _MOST_OF_A_WHOLE_WITHOUT_NOISE = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What the choice of a tile depends on."""
+
+    kernel: str
+    """The launch that goes over images, and what it does."""
+    batch: int
+    positions: int
+    channels: int
+    """1 where elements are taken as they lie in memory: all of a sample is one channel then."""
+    element_bytes: tuple[int, ...]
+    """The sizes that elements of images have."""
+    draws: bool = True
+    """Whether noise is drawn, for which registers are needed."""
+    whole: bool = False
+    """Whether a tile that holds a whole sample is wanted, if there is one."""
+
+    @property
+    def key(self) -> str:
+        """Name the problem in a table of tuned configs; batches within a factor of two share an entry."""
+        bits = "+".join(str(8 * size) for size in self.element_bytes)
+        shape = f"n{_tuning.power_of_two(self.batch)}-c{self.channels}-p{self.positions}"
+        return f"{self.kernel}-{bits}bit-{shape}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TileConfig:
     """A launch config."""
+
+    variant: ClassVar[str] = "tiles"
 
     positions: int
     """A multiple of four."""
@@ -30,29 +61,52 @@ class TileConfig:
     num_warps: int
 
 
-def choose(batch: int, positions: int, channels: int, device: torch.device) -> TileConfig:
-    """Return the tile to take unmeasured: as large as leaves programs enough, wide enough to fill sectors."""
-    wanted = _PROGRAMS * _tuning.num_multiprocessors(device)
-    several = channels > 1
-    size = _MOST // 2 if several else _MOST
-    while size > _LEAST and batch * positions * channels < wanted * size:
-        size //= 2
-    width = min(_tuning.power_of_two(channels), 64)
-    rows = min(max(4, size // width), max(4, _tuning.power_of_two(positions)))
-    return _tile(rows, width)
+def choose(problem: Problem, device: torch.device) -> TileConfig:
+    """Return the tile that was tuned for the problem on this GPU, or the heuristic's."""
+    tuned = _tuning.look_up("diffusion", problem.key, device)
+    return TileConfig(**tuned) if tuned else heuristic(problem, _tuning.num_multiprocessors(device))
 
 
-def choose_whole(positions: int, channels: int, *, draws: bool) -> TileConfig | None:
-    """Return a tile that holds a whole sample in registers, or None where a sample is too large for that.
+def heuristic(problem: Problem, num_multiprocessors: int = 132) -> TileConfig:
+    """Return the tile to take unmeasured.
 
-    Args:
-        draws: whether noise is drawn, for which registers are needed too.
+    It is a whole sample if that is wanted and can be; else as large as leaves programs enough, and wide enough to fill
+    sectors.
     """
-    rows, width = max(4, _tuning.power_of_two(positions)), _tuning.power_of_two(channels)
-    most = _MOST_OF_A_WHOLE[channels > 1] if draws else _MOST_OF_A_WHOLE_WITHOUT_NOISE
+    whole = _whole_sample(problem) if problem.whole else None
+    if whole is not None:
+        return whole
+    wanted = _PROGRAMS * num_multiprocessors
+    several = problem.channels > 1
+    size = _MOST // 2 if several else _MOST
+    while size > _LEAST and problem.batch * problem.positions * problem.channels < wanted * size:
+        size //= 2
+    return _tile_of(problem, size, min(_tuning.power_of_two(problem.channels), _WIDEST))
+
+
+def candidates(problem: Problem) -> Iterator[TileConfig]:
+    """Yield the tiles that are worth a measurement; some may need more registers than there are."""
+    widest = min(_tuning.power_of_two(problem.channels), _WIDEST)
+    widths = [width for width in (16, 32) if width < widest] + [widest]
+    sizes = [_LEAST << power for power in range(5)]
+    tiles = [_tile_of(problem, *each) for each in itertools.product(sizes, widths, (4, 8, 16))]
+    whole = _whole_sample(problem) if problem.whole else None
+    yield from dict.fromkeys(tiles if whole is None else [*tiles, whole])
+
+
+def _whole_sample(problem: Problem) -> TileConfig | None:
+    """Return a tile that holds a whole sample in registers, or None where a sample is too large for that."""
+    rows, width = max(4, _tuning.power_of_two(problem.positions)), _tuning.power_of_two(problem.channels)
+    most = _MOST_OF_A_WHOLE[problem.channels > 1] if problem.draws else _MOST_OF_A_WHOLE_WITHOUT_NOISE
     return _tile(rows, width) if rows * width <= most else None
 
 
-def _tile(rows: int, width: int) -> TileConfig:
-    num_warps = rows * width // (32 * _ELEMENTS_OF_A_THREAD[width > 1])
+def _tile_of(problem: Problem, size: int, width: int, elements_of_a_thread: int | None = None) -> TileConfig:
+    """Return a tile of about so many elements, no longer than an image is."""
+    rows = min(max(4, size // width), max(4, _tuning.power_of_two(problem.positions)))
+    return _tile(rows, width, elements_of_a_thread)
+
+
+def _tile(rows: int, width: int, elements_of_a_thread: int | None = None) -> TileConfig:
+    num_warps = rows * width // (32 * (elements_of_a_thread or _ELEMENTS_OF_A_THREAD[width > 1]))
     return TileConfig(positions=rows, channels=width, num_warps=max(1, min(_MOST_WARPS, num_warps)))

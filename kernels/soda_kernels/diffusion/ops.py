@@ -10,6 +10,7 @@ from torch import Tensor
 
 from soda_kernels._checks import image_memory_format
 from soda_kernels._library import Describe, define
+from soda_kernels._native import native_status
 from soda_kernels.diffusion import reference
 
 
@@ -40,7 +41,7 @@ _MOST_ELEMENTS = 2**31 - 2**16
 
 
 def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
-    """Say why the Triton kernels cannot take a call with these images, or images of these dtypes; None if they can."""
+    """Say why the kernels cannot take a call with these images, or images of these dtypes; None if they can."""
     for image in images:
         if image is None:
             continue
@@ -51,13 +52,13 @@ def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
             continue
         if image.numel() == 0:
             return "nothing to compute"
-        if image[0].numel() > _MOST_ELEMENTS:
+        if image.device.type != "cpu" and image[0].numel() > _MOST_ELEMENTS:
             return "the kernels index inside a sample in 32 bits"
     return None
 
 
 def _gpu(name: str, refuse: Callable[..., str | None], what: str) -> tuple[Callable[..., Any], Describe]:
-    """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells which.
+    """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells what runs there or here.
 
     Args:
         refuse: takes the op's arguments, and says why the kernels cannot take them, or returns None if they can.
@@ -73,10 +74,18 @@ def _gpu(name: str, refuse: Callable[..., str | None], what: str) -> tuple[Calla
         return outputs if len(outputs) > 1 else outputs[0]
 
     def describe(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
-        reason = refuse(*args)
-        return ("reference", {}, reason) if reason else ("triton", {}, what)
+        return _choice(device_type, refuse(*args), what)
 
     return run, describe
+
+
+def _choice(device_type: str, reason: str | None, what: str) -> tuple[str, dict[str, Any], str]:
+    """Tell what runs where the kernels take the call, or for which reason they do not."""
+    if reason:
+        return "reference", {}, reason
+    if device_type == "cpu":
+        return "native", {"isa": native_status().isa}, "the native library is loaded"
+    return "triton", {}, what
 
 
 def _gpu_philox(normal: bool) -> Callable[..., Tensor]:
@@ -91,9 +100,13 @@ def _gpu_philox(normal: bool) -> Callable[..., Tensor]:
     return run
 
 
-def _describe_philox(device_type: str, *args: Any) -> tuple[str, dict[str, Any], str]:
-    dtype = args[-1]
-    return ("triton", {}, "blocks of numbers") if dtype in _KERNEL_DTYPES else ("reference", {}, "fp64 is its alone")
+def _describe_philox(
+    device_type: str, seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, stream: int, dtype: torch.dtype
+) -> tuple[str, dict[str, Any], str]:  # fmt: skip
+    reason = "fp64 is its alone" if dtype not in _KERNEL_DTYPES else None
+    if num == 0 or sample_ids.numel() == 0:
+        reason = "nothing to compute"
+    return _choice(device_type, reason, "blocks of numbers")
 
 
 _TILES = "tiles of images, as many as fill the chip"

@@ -16,7 +16,7 @@ from torch import Tensor
 from soda_kernels._checks import image_memory_format
 from soda_kernels._launch import Launch, Plan
 from soda_kernels._philox import SHARED_ID, STREAMS
-from soda_kernels.diffusion.config import TileConfig, choose, choose_whole
+from soda_kernels.diffusion.config import Problem, TileConfig, choose
 from soda_kernels.diffusion.triton_noising import (
     _add_noise_kernel,
     _denoising_loss_kernel,
@@ -39,17 +39,18 @@ _MOST_PARTS = 64
 class _Geometry:
     """How a sample of some images is cut into tiles."""
 
-    positions: int
-    channels: int
+    problem: Problem
     config: TileConfig
 
     @classmethod
     def of(
-        cls, images: Sequence[Tensor], config: TileConfig | None, *, draws: bool = True, whole: bool = False
-    ) -> _Geometry:
+        cls, kernel: str, images: Sequence[Tensor], config: TileConfig | None, *, draws: bool = True,
+        whole: bool = False,
+    ) -> _Geometry:  # fmt: skip
         """Cut dense images.
 
         Args:
+            kernel: what goes over them, as a table of tuned configs calls it.
             draws: whether noise is drawn, for which elements are told apart by their channels and positions. Without it
                 images of one layout are taken as they lie in memory.
             whole: whether a tile that holds a whole sample is wanted, if there is one.
@@ -59,9 +60,19 @@ class _Geometry:
         layouts = {image_memory_format(image) for image in images}
         if layouts == {torch.contiguous_format} or (len(layouts) == 1 and not draws):
             channels, positions = 1, channels * positions
-        config = config or (choose_whole(positions, channels, draws=draws) if whole else None)
-        config = config or choose(x.shape[0], positions, channels, x.device)
-        return cls(positions=positions, channels=channels, config=config)
+        problem = Problem(
+            kernel=kernel, batch=x.shape[0], positions=positions, channels=channels, draws=draws, whole=whole,
+            element_bytes=tuple(sorted({image.element_size() for image in images})),
+        )  # fmt: skip
+        return cls(problem=problem, config=config or choose(problem, x.device))
+
+    @property
+    def positions(self) -> int:
+        return self.problem.positions
+
+    @property
+    def channels(self) -> int:
+        return self.problem.channels
 
     @property
     def position_chunks(self) -> int:
@@ -132,7 +143,7 @@ def plan_add_noise(
     x0 = _dense(x0)
     x_t = _empty_like(x0, dtype)
     drawn = sample_ids.new_empty(len(x0) if step_index is None else 0)
-    geometry = _Geometry.of((x0,), config)
+    geometry = _Geometry.of("add_noise", (x0, x_t), config)
     launch = Launch(
         kernel=_add_noise_kernel, grid=(x0.shape[0] * geometry.chunks,),
         arguments={
@@ -144,7 +155,7 @@ def plan_add_noise(
         constants={**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0, **_sampling(sampling)},
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(x_t, drawn), config=geometry.config)
+    return Plan(launches=(launch,), outputs=(x_t, drawn), config=geometry.config, problem=geometry.problem)
 
 
 def plan_add_noise_backward(
@@ -179,7 +190,7 @@ def plan_denoising_loss(
         },
         constants={"BLOCK": _TOTAL_BLOCK}, num_warps=4,
     )  # fmt: skip
-    return Plan(launches=(tiles, total), outputs=(loss, gradient), config=geometry.config)
+    return Plan(launches=(tiles, total), outputs=(loss, gradient), config=geometry.config, problem=geometry.problem)
 
 
 def plan_denoising_loss_backward(
@@ -193,7 +204,7 @@ def plan_denoising_loss_backward(
         prediction, x0, step_index, alpha, sigma, weights, seed, sample_ids, step, target, config, gradient=gradient,
         dloss=dloss,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(gradient,), config=geometry.config)
+    return Plan(launches=(launch,), outputs=(gradient,), config=geometry.config, problem=geometry.problem)
 
 
 def plan_sampler_step(
@@ -209,7 +220,9 @@ def plan_sampler_step(
     x_next, x0 = _empty_like(x_t), _empty_like(x_t)
     draws = method == "ddpm" or eta > 0.0
     rescales = guidance_rescale > 0.0
-    geometry = _Geometry.of((x_t,), config, draws=draws, whole=rescales)
+    kernel = "-".join(["sampler_step", method, *["guided"] * (uncond is not None), *["rescaled"] * rescales,
+                       *["drawing"] * draws])  # fmt: skip
+    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales)
     before: tuple[Launch, ...] = ()
     moments = {"moments_ptr": None, "parts": 0}
     if rescales and uncond is not None and geometry.chunks > 1:
@@ -231,7 +244,7 @@ def plan_sampler_step(
         },
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(*before, launch), outputs=(x_next, x0), config=geometry.config)
+    return Plan(launches=(*before, launch), outputs=(x_next, x0), config=geometry.config, problem=geometry.problem)
 
 
 def _guidance_moments(cond: Tensor, uncond: Tensor, cfg_scale: float) -> Launch:
@@ -258,7 +271,9 @@ def _plan_errors(
     """Launch the kernel that forms prediction - target, for its tiles' sums of squares, its gradient, or both."""
     prediction, x0 = _dense(prediction), _dense(x0)
     images = (prediction,) if target == "eps" else (prediction, x0)
-    geometry = _Geometry.of(images, config, draws=target != "x0")
+    kernel = "denoising_loss" if sums else "denoising_loss_backward"
+    saving = "-saving" if sums and gradient is not None else ""
+    geometry = _Geometry.of(f"{kernel}-{target}{saving}", images, config, draws=target != "x0")
     num_programs = len(prediction) * geometry.chunks
     launch = Launch(
         kernel=_denoising_loss_kernel, grid=(num_programs,),
@@ -281,7 +296,7 @@ def _plan_scaling(image: Tensor, factors: Tensor, index: Tensor | None, config: 
     """Plan the samples of an image times a factor each, or times those of a table at an index each."""
     image = _dense(image)
     scaled = _empty_like(image)
-    geometry = _Geometry.of((image,), config, draws=False)
+    geometry = _Geometry.of("scale_samples", (image,), config, draws=False)
     launch = Launch(
         kernel=_scale_samples_kernel, grid=(len(image) * geometry.chunks,),
         arguments={
@@ -292,7 +307,7 @@ def _plan_scaling(image: Tensor, factors: Tensor, index: Tensor | None, config: 
         },
         constants={"BLOCK": geometry.config.positions}, num_warps=geometry.config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(scaled,), config=geometry.config)
+    return Plan(launches=(launch,), outputs=(scaled,), config=geometry.config, problem=geometry.problem)
 
 
 def _tables(alpha: Tensor, sigma: Tensor) -> dict[str, Any]:

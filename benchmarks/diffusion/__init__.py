@@ -1,0 +1,1 @@
+"""Noise-schedule sampling: its cases, tensors, providers, launches and bytes."""
