@@ -133,9 +133,12 @@ std::tuple<Tensor, Tensor> add_noise(const Tensor& x0, const MaybeTensor& step_i
   call.alpha = alphas.data(), call.sigma = sigmas.data();
   call.x0 = image_of(x0, arguments.image("x0", x0, x0));
   Tensor x_t = arguments.empty_like(x0, torch_number(dtype));
-  call.dtype = *kernel_dtype(dtype), call.x_t = x_t.mutable_data_ptr();
+  call.dtype = kernel_dtype(dtype).value_or(Dtype::float32), call.x_t = x_t.mutable_data_ptr();
   run_tiles(diffusion_kernels().add_noise, call, noisy_grain);
-  return {x_t, drawn};
+  if (dtype != ScalarType::Double) return {x_t, drawn};
+  Tensor wide = arguments.empty_like(x0, aoti_torch_dtype_float64());
+  torch::stable::copy_(wide, x_t);
+  return {wide, drawn};
 }
 
 Tensor scaled(const Tensor& x, const std::vector<float>& factors) {
@@ -240,7 +243,8 @@ bool takes_draw(Stack stack) { return length_of(tensor_at(stack, 1)) > 0; }
 
 bool takes_add_noise(Stack stack) {
   const AtenTensorHandle alpha = tensor_at(stack, 2), indices = maybe_tensor_at(stack, 1);
-  return has_values(tensor_at(stack, 0), true) && kernel_dtype(to<ScalarType>(stack[10])) && is_table(alpha) &&
+  const auto dtype = to<ScalarType>(stack[10]);
+  return has_values(tensor_at(stack, 0), true) && (kernel_dtype(dtype) || dtype == ScalarType::Double) && is_table(alpha) &&
          is_table(tensor_at(stack, 3)) && length_of(tensor_at(stack, 3)) == length_of(alpha) &&
          (!indices || is_within(indices, 0, length_of(alpha)));
 }
