@@ -11,6 +11,7 @@ from soda_kernels import (
     add_noise,
     attention_qkvpacked,
     denoising_loss,
+    draw_step_index,
     modulated_group_norm,
     philox_normal,
     philox_uniform,
@@ -108,6 +109,40 @@ def test_noising_and_loss(target: str) -> None:
     torch.testing.assert_close(noised[1].cpu(), noised[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses[1].cpu(), losses[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(prediction[1].grad.cpu(), prediction[0].grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+def test_drawn_step_indices_and_bytes(sampling: str) -> None:
+    schedule, octets, ids = NoiseSchedule.cosine(100), torch.randint(0, 256, (4, 3, 8, 8)).byte(), torch.arange(4)
+    results = []
+    for device in ("cpu", "cuda:0"):
+        key = {"seed": 1, "sample_ids": ids.to(device), "step": 2, "sampling": sampling}
+        x_t, index = add_noise(octets.to(device), None, schedule.to(device), **key)
+        assert torch.equal(index, draw_step_index(schedule.to(device), **key))
+        results.append((x_t.cpu(), index.cpu()))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_gradient_is_the_one_computed_again() -> None:
+    """A GPU saves it for an x0 of wider elements than the prediction's."""
+    schedule, x0, index = NoiseSchedule.cosine(100), torch.randn(4, 3, 8, 8), torch.tensor([0, 10, 50, 99])
+    prediction = both(torch.randn(4, 3, 8, 8).bfloat16())
+    for device, guess in (("cpu", prediction[0]), ("cuda:0", prediction[1])):
+        key = {"seed": 1, "sample_ids": torch.arange(4, device=device), "step": 2}
+        loss = denoising_loss(guess, x0.to(device), index.to(device), schedule.to(device), target="v", **key)
+        loss.mean().backward()
+    torch.testing.assert_close(prediction[1].grad.cpu(), prediction[0].grad, rtol=2 * 2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16), (2, 4, 128, 128)], ids=["one launch", "two launches"])
+def test_guidance_rescale(shape: tuple[int, ...]) -> None:
+    schedule, x, cond, uncond = NoiseSchedule.cosine(100), *(torch.randn(shape) for _ in range(3))
+    keywords = {"cfg_scale": 5.0, "guidance_rescale": 0.7}
+    here = sampler_step(x, cond, uncond, schedule, 60, 40, **keywords)
+    there = sampler_step(x.cuda(), cond.cuda(), uncond.cuda(), schedule.to("cuda:0"), 60, 40, **keywords)
+    for a, b in zip(here, there, strict=True):
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpmpp_2m"])

@@ -44,13 +44,14 @@ class Images:
         sampled = (sampling or "uniform", 0, self.shape[0])
         return triton_impl.plan_add_noise(x0, index, TABLE, TABLE, *self.key, *sampled, self.dtype)
 
-    def losses(self, target: str, x0: Tensor) -> list[Any]:
-        """Forward without and with the gradient, and the backward."""
-        loss = (self(), x0, self.index, TABLE, TABLE, TABLE if target == "v" else None, *self.key, target)
-        return [
-            triton_impl.plan_denoising_loss(*loss, False), triton_impl.plan_denoising_loss(*loss, True),
-            triton_impl.plan_denoising_loss_backward(self.dloss, *loss),
-        ]  # fmt: skip
+    def loss(self, target: str, x0: Tensor, save_gradient: bool) -> Any:
+        return triton_impl.plan_denoising_loss(*self._scored(target, x0), save_gradient)
+
+    def loss_backward(self, target: str, x0: Tensor) -> Any:
+        return triton_impl.plan_denoising_loss_backward(self.dloss, *self._scored(target, x0))
+
+    def _scored(self, target: str, x0: Tensor) -> tuple[Any, ...]:
+        return self(), x0, self.index, TABLE, TABLE, TABLE if target == "v" else None, *self.key, target
 
     def step(self, method: str, eta: float, target: str = "v", guidance_rescale: float = 0.0) -> Any:
         """With guidance, clipping and for "dpmpp_2m" the step before."""
@@ -75,9 +76,10 @@ def plans(shape: tuple[int, ...], layout: str) -> list[Any]:
         found.append(triton_impl.plan_draw_step_index(*images.key, 1000, sampling, 0, shape[0]))
         found.append(images.noising(sampling, images()))
     for target in TARGETS:
-        found += images.losses(target, images())
-    found += images.losses("v", images(torch.uint8))
-    found += [images.step(method, eta, guidance_rescale=rescale) for method, eta in METHODS for rescale in (0.0, 0.7)]
+        found += [images.loss(target, images(), False), images.loss_backward(target, images())]
+    found += [images.loss("v", images(), True), images.loss("v", images(torch.uint8), True)]
+    found += [images.step(*method) for method in METHODS]
+    found += [images.step(*method, guidance_rescale=0.7) for method in (DDIM, DDPM)]
     return found
 
 
@@ -126,7 +128,7 @@ def test_tiles_of_every_width(arch: str) -> None:
     found = []
     for channels in (2, 4, 8, 16, 32, 64):
         images = Images((256, channels, 32, 32), "nhwc")
-        found += [images.noising("logit_normal", images()), images.step("ddpm", 0.0), *images.losses("v", images())]
+        found += [images.noising("logit_normal", images()), images.loss("v", images(), True), images.step(*DDPM)]
     assert len({plan.config for plan in found}) == 6
     assert complaints(found, arch, 0) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -150,8 +151,9 @@ def test_small_and_empty_shapes(shape: tuple[int, ...]) -> None:
         assert draw(shape, seed=0, sample_ids=range(shape[0])).shape == shape
 
 
-# Statistics, on one million draws of 1000 samples, by every implementation
+# Statistics, on one million draws, by every implementation
 
+MILLION = (125, 8000)
 IMPLEMENTATIONS = ["reference", "device", "triton"]
 
 
@@ -160,20 +162,23 @@ def million(implementation: str, *, normal: bool) -> np.ndarray:
     if implementation == "triton":
         from soda_kernels.diffusion.triton_impl import plan_philox
 
-        key = (x.to(DEVICE) for x in (torch.tensor(0), torch.arange(1000), torch.tensor(0)))
-        (drawn,) = plan_philox(*key, 1000, STREAMS["noise"], torch.float32, normal=normal).run()
+        key = (x.to(DEVICE) for x in (torch.tensor(0), torch.arange(MILLION[0]), torch.tensor(0)))
+        (drawn,) = plan_philox(*key, MILLION[1], STREAMS["noise"], torch.float32, normal=normal).run()
         return drawn.double().cpu().numpy()
     draw = philox_normal if normal else philox_uniform
     if implementation == "device":
-        return draw((1000, 1000), seed=0, sample_ids=range(1000)).double().numpy()
+        return draw(MILLION, seed=0, sample_ids=range(MILLION[0])).double().numpy()
     dtype = torch.float64 if normal else torch.float32
     with use_backend("reference"):
-        return draw((1000, 1000), seed=0, sample_ids=range(1000), dtype=dtype).double().numpy()
+        return draw(MILLION, seed=0, sample_ids=range(MILLION[0]), dtype=dtype).double().numpy()
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
-def normals(request: pytest.FixtureRequest) -> np.ndarray:
-    return million(request.param, normal=True)
+def normals(request: pytest.FixtureRequest) -> Iterator[np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch:
+        # A program a sample, since the interpreter takes its time by the program.
+        patch.setattr("soda_kernels.diffusion.triton_impl._PHILOX_BLOCK", 8192)
+        yield million(request.param, normal=True)
 
 
 # Triton's uniforms are the reference's bit for bit, which its own tests show.
@@ -199,8 +204,8 @@ def test_normals_are_not_correlated(normals: np.ndarray) -> None:
     tests["squares at lag 1"] = (flat[:-1] ** 2, flat[1:] ** 2)
     other = {"seed": {"seed": 1}, "step": {"step": 1}, "stream": {"stream": "sampler"}}
     for name, change in other.items():
-        key = {"seed": 0, "sample_ids": range(1000)} | change
-        tests[f"another {name}"] = (flat, philox_normal((1000, 1000), **key).numpy().ravel())
+        key = {"seed": 0, "sample_ids": range(MILLION[0])} | change
+        tests[f"another {name}"] = (flat, philox_normal(MILLION, **key).numpy().ravel())
     for name, (a, b) in tests.items():
         assert stats.pearsonr(a, b).pvalue > SIGNIFICANT, name
 

@@ -175,7 +175,7 @@ def test_guidance(method: str, eta: float) -> None:
 @BY_METHOD
 @pytest.mark.parametrize("rescale", [0.7, 1.0])
 def test_guidance_rescale(method: str, eta: float, rescale: float) -> None:
-    """Lin et al. 2024, equations 14 to 16, written for one sample at a time."""
+    """Lin et al. 2024, section 3.4, written for one sample at a time."""
     x_t, cond, uncond, _ = images()
 
     def step(prediction: Tensor, other: Tensor | None, **keywords: float) -> tuple[Tensor, Tensor]:
@@ -255,6 +255,14 @@ def test_an_empty_batch(method: str, eta: float) -> None:
     empty = torch.empty(0, 2, 3, 3)
     x_next, x0 = sampler_step(empty, empty, None, SCHEDULE, 5, 4, method=method, eta=eta, seed=0, sample_ids=[])
     assert x_next.shape == x0.shape == (0, 2, 3, 3)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 3), (3, 2, 0, 4)], ids=str)
+@pytest.mark.filterwarnings("error")
+def test_nothing_to_rescale(shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape)
+    x_next, x0 = sampler_step(x, x, x, SCHEDULE, 5, 4, cfg_scale=2.0, guidance_rescale=0.7)
+    assert x_next.shape == x0.shape == shape
 
 
 def test_a_noise_level_that_a_clamped_table_holds_twice() -> None:

@@ -29,7 +29,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # In whole blocks of four positions and not, in one tile and in several.
 SHAPES = [(2, 3, 8, 8), (3, 5, 7, 9)]
 TILES = {
-    "one": None, "several": TileConfig(positions=16, channels=4, num_warps=1),
+    "one": None, "several": TileConfig(positions=32, channels=4, num_warps=1),
     "large": TileConfig(positions=4096, channels=4, num_warps=8),
 }  # fmt: skip
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
@@ -55,9 +55,9 @@ def steps_of(shape: tuple[int, ...]) -> Tensor:
 
 
 def assert_close(result: Tensor, expected: Tensor) -> None:
-    """To a few roundings: the same fp32 arithmetic, fused otherwise."""
+    """To a few roundings of the largest value: the same fp32 arithmetic, fused otherwise."""
     assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
-    scale = max(1.0, float(expected.double().abs().max()))
+    scale = float(expected.double().abs().max()) if expected.numel() else 0.0
     assert ((result.double() - expected.double()).abs() <= 4 * scale * torch.finfo(result.dtype).eps).all()
 
 
@@ -183,13 +183,11 @@ def test_denoising_loss(
         image(shape, layout, torch.float16), image(shape, x0_layout), steps_of(shape), SCHEDULE.alpha, SCHEDULE.sigma,
         weights, *key(shape[0], steps=weighted), target,
     )  # fmt: skip
-    loss, absent = plan_denoising_loss(*arguments, False, config=tile).run()
-    assert_close(loss, reference.denoising_loss(*arguments, False)[0])
-    assert absent.shape == (0,)
     for result, expected in zip(
-        plan_denoising_loss(*arguments, True, config=tile).run(), reference.denoising_loss(*arguments, True),
+        plan_denoising_loss(*arguments, weighted, config=tile).run(),
+        reference.denoising_loss(*arguments, weighted),
         strict=True,
-    ):  # fmt: skip
+    ):  # where weighted with the gradient, else without
         assert_close(result, expected)
     dloss = torch.randn(2 * shape[0], device=DEVICE)[::2]
     gradient = plan_denoising_loss_backward(dloss, *arguments, config=tile).run()[0]

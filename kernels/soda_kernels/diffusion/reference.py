@@ -150,12 +150,11 @@ def sampler_step(
 
 
 def _rescale(guided: Tensor, cond: Tensor, guidance_rescale: float) -> Tensor:
-    """Lin et al. 2024, equations 15 and 16, of each sample; one that does not vary is left as it is."""
-    cond_std, std = (
-        _per_sample(x.flatten(1).std(1, correction=0), x) for x in (cond, guided)
-    )  # fmt: skip
-    ratio = torch.where(std == 0, 1.0, cond_std / std)
-    return guided * (guidance_rescale * ratio + (1 - guidance_rescale))
+    """Lin et al. 2024, section 3.4, of each sample; one that does not vary is left as it is."""
+    # Not std, which warns of empty samples.
+    cond_square, square = ((x - x.mean(1, keepdim=True)).square().sum(1) for x in (cond.flatten(1), guided.flatten(1)))
+    ratio = torch.where(square == 0, 1.0, (cond_square / square).sqrt())
+    return guided * _per_sample(guidance_rescale * ratio + (1 - guidance_rescale), guided)
 
 
 def _dpmpp_2m(
