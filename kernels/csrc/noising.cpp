@@ -13,9 +13,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::detail::to;
 
-// Below so many elements a second thread costs more than it brings: where noise is drawn, and where it is not.
-constexpr int64_t noisy_grain = 1 << 13, plain_grain = 1 << 15;
-
 // The kernels' dtype of an argument of type ScalarType, and torch's number of that dtype.
 std::optional<Dtype> kernel_dtype(ScalarType type) {
   switch (type) {

@@ -239,11 +239,11 @@ SODA_INLINE void store_run(T* to, const Floats (&x)[4]) {
 }
 
 SODA_INLINE void load_run(const BFloat16* from, Floats (&x)[4]) {
-  Words pairs[2];
-  std::memcpy(pairs, from, sizeof pairs);
   for (int k = 0; k < 2; ++k) {
-    x[2 * k] = as_floats(pairs[k] << 16);
-    x[2 * k + 1] = as_floats(pairs[k] & 0xffff0000u);
+    Words pairs;  // one vector at a time: two at once GCC moves through the stack
+    std::memcpy(&pairs, from + 2 * k * lanes, sizeof pairs);
+    x[2 * k] = as_floats(pairs << 16);
+    x[2 * k + 1] = as_floats(pairs & 0xffff0000u);
   }
 }
 
@@ -252,8 +252,10 @@ SODA_INLINE Words bfloat16_pairs(Floats even, Floats odd) {
 }
 
 SODA_INLINE void store_run(BFloat16* to, const Floats (&x)[4]) {
-  const Words pairs[2] = {bfloat16_pairs(x[0], x[1]), bfloat16_pairs(x[2], x[3])};
-  std::memcpy(to, pairs, sizeof pairs);
+  for (int k = 0; k < 2; ++k) {
+    const Words pairs = bfloat16_pairs(x[2 * k], x[2 * k + 1]);
+    std::memcpy(to + 2 * k * lanes, &pairs, sizeof pairs);
+  }
 }
 
 // Stores past the caches where the instruction set has them, to addresses on a whole line (of 16-bit numbers, in runs of
