@@ -276,21 +276,27 @@ STABLE_TORCH_LIBRARY_IMPL(soda_kernels, CPU, m) {
                 arguments, outputs);
   });
   m.impl("draw_step_index", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::draw_step_index", takes_draw(stack), TORCH_BOX(&draw_step_index), stack, arguments, outputs);
+    call_native("soda_kernels_native::draw_step_index", takes_draw(stack), TORCH_BOX(&draw_step_index),
+                stack, arguments, outputs);
   });
   m.impl("add_noise", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::add_noise", takes_add_noise(stack), TORCH_BOX(&add_noise), stack, arguments, outputs);
+    call_native("soda_kernels_native::add_noise", takes_add_noise(stack), TORCH_BOX(&add_noise),
+                stack, arguments, outputs);
   });
   m.impl("add_noise_backward", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::add_noise_backward", takes_add_noise_backward(stack), TORCH_BOX(&add_noise_backward), stack, arguments, outputs);
+    call_native("soda_kernels_native::add_noise_backward", takes_add_noise_backward(stack),
+                TORCH_BOX(&add_noise_backward), stack, arguments, outputs);
   });
   m.impl("denoising_loss", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::denoising_loss", takes_loss<0>(stack), TORCH_BOX(&denoising_loss), stack, arguments, outputs);
+    call_native("soda_kernels_native::denoising_loss", takes_loss<0>(stack), TORCH_BOX(&denoising_loss),
+                stack, arguments, outputs);
   });
   m.impl("denoising_loss_backward", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::denoising_loss_backward", takes_loss<1>(stack), TORCH_BOX(&denoising_loss_backward), stack, arguments, outputs);
+    call_native("soda_kernels_native::denoising_loss_backward", takes_loss<1>(stack),
+                TORCH_BOX(&denoising_loss_backward), stack, arguments, outputs);
   });
   m.impl("scale_samples", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::scale_samples", takes_scale(stack), TORCH_BOX(&scale_samples), stack, arguments, outputs);
+    call_native("soda_kernels_native::scale_samples", takes_scale(stack), TORCH_BOX(&scale_samples),
+                stack, arguments, outputs);
   });
 }

@@ -315,9 +315,8 @@ def test_an_index_out_of_range_is_refused_in_words() -> None:
 
 def test_the_op_itself_refuses_what_would_be_read_out_of_bounds() -> None:
     x = images((2, 3, 4, 4), torch.contiguous_format, torch.float32, 4)
-    noising, loss, step = noising_arguments(x[0], torch.float32), loss_arguments(x[0], x[1], "v", False), step_arguments(
-        x, "dpmpp_2m", "eps", previous=True
-    )  # fmt: skip
+    noising, loss = noising_arguments(x[0], torch.float32), loss_arguments(x[0], x[1], "v", False)
+    step = step_arguments(x, "dpmpp_2m", "eps", previous=True)
 
     def refuses(name: str, message: str, arguments: tuple[Any, ...], at: int, value: Any) -> None:
         with pytest.raises(RuntimeError, match=message):

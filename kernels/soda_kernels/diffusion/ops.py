@@ -58,7 +58,7 @@ def _unsupported(*images: Tensor | torch.dtype | None) -> str | None:
 
 
 def _gpu(name: str, refuse: Callable[..., str | None], what: str) -> tuple[Callable[..., Any], Describe]:
-    """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells what runs there or here.
+    """Return how an op runs on a GPU, by the plan `plan_<name>` or the reference, and how it tells what runs.
 
     Args:
         refuse: takes the op's arguments, and says why the kernels cannot take them, or returns None if they can.
