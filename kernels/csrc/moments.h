@@ -24,7 +24,7 @@ struct Moments {
   double squares() const { return within + second - first * first / count; }
 };
 
-// Add a run, seen from `shift`: a number near its mean, from which a run of equal numbers has no deviation where it is theirs.
+// Add a run, seen from `shift`, a number near its mean: where it is one of equal numbers, they have no deviation at all.
 template <class T>
 inline void merge_run_around(float shift, const T* x, int64_t length, Moments* moments) {
   Floats deviations[4] = {}, squares[4] = {};

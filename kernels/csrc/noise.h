@@ -20,6 +20,20 @@ inline Words block_order() {
 // Numbers that a run of `count` needs room for: whole vectors of blocks, from the block that its first number is in.
 inline int64_t run_room(int64_t count) { return count + 8 * lanes; }
 
+// Replace the words of a few vectors of blocks by their normals, in the order of memory.
+template <int vectors>
+SODA_INLINE void to_normals(float* room) {
+  Words words[4 * vectors];
+  Floats normal[4 * vectors];
+  for (int k = 0; k < 4 * vectors; ++k) words[k] = as_words(load(room + k * lanes));
+  normals(words, normal);
+  for (int v = 0; v < vectors; ++v) {
+    Floats fours[4] = {normal[4 * v], normal[4 * v + 1], normal[4 * v + 2], normal[4 * v + 3]};
+    transpose_fours(fours);
+    for (int k = 0; k < 4; ++k) store(room + (4 * v + k) * lanes, fours[k]);
+  }
+}
+
 // The normals of the logical elements from `first` on; returns where in `room` the first lies.
 inline const float* draw_run(const Philox& philox, int64_t first, int64_t count, float* room) {
   const Words order = block_order();
@@ -31,14 +45,9 @@ inline const float* draw_run(const Philox& philox, int64_t first, int64_t count,
     philox(order + block, words);
     for (int k = 0; k < 4; ++k) store(room + (4 * i + k) * lanes, as_floats(words[k]));
   }
-  for (int64_t i = 0; i < vectors; ++i) {
-    Words words[4];
-    Floats normal[4];
-    for (int k = 0; k < 4; ++k) words[k] = as_words(load(room + (4 * i + k) * lanes));
-    normals(words, normal);
-    transpose_fours(normal);
-    for (int k = 0; k < 4; ++k) store(room + (4 * i + k) * lanes, normal[k]);
-  }
+  int64_t i = 0;
+  for (; i + 2 <= vectors; i += 2) to_normals<2>(room + 4 * i * lanes);
+  if (i < vectors) to_normals<1>(room + 4 * i * lanes);
   return room + first % 4;
 }
 

@@ -13,9 +13,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::detail::to;
 
-// Below so many elements a second thread costs more than it brings: where noise is drawn, and where it is not.
-constexpr int64_t noisy_grain = 1 << 13, plain_grain = 1 << 15;
-
 // The kernels' dtype of an argument of type ScalarType, and torch's number of that dtype.
 std::optional<Dtype> kernel_dtype(ScalarType type) {
   switch (type) {
@@ -133,9 +130,12 @@ std::tuple<Tensor, Tensor> add_noise(const Tensor& x0, const MaybeTensor& step_i
   call.alpha = alphas.data(), call.sigma = sigmas.data();
   call.x0 = image_of(x0, arguments.image("x0", x0, x0));
   Tensor x_t = arguments.empty_like(x0, torch_number(dtype));
-  call.dtype = *kernel_dtype(dtype), call.x_t = x_t.mutable_data_ptr();
+  call.dtype = kernel_dtype(dtype).value_or(Dtype::float32), call.x_t = x_t.mutable_data_ptr();
   run_tiles(diffusion_kernels().add_noise, call, noisy_grain);
-  return {x_t, drawn};
+  if (dtype != ScalarType::Double) return {x_t, drawn};
+  Tensor wide = arguments.empty_like(x0, aoti_torch_dtype_float64());
+  torch::stable::copy_(wide, x_t);
+  return {wide, drawn};
 }
 
 Tensor scaled(const Tensor& x, const std::vector<float>& factors) {
@@ -240,7 +240,8 @@ bool takes_draw(Stack stack) { return length_of(tensor_at(stack, 1)) > 0; }
 
 bool takes_add_noise(Stack stack) {
   const AtenTensorHandle alpha = tensor_at(stack, 2), indices = maybe_tensor_at(stack, 1);
-  return has_values(tensor_at(stack, 0), true) && kernel_dtype(to<ScalarType>(stack[10])) && is_table(alpha) &&
+  const auto dtype = to<ScalarType>(stack[10]);
+  return has_values(tensor_at(stack, 0), true) && (kernel_dtype(dtype) || dtype == ScalarType::Double) && is_table(alpha) &&
          is_table(tensor_at(stack, 3)) && length_of(tensor_at(stack, 3)) == length_of(alpha) &&
          (!indices || is_within(indices, 0, length_of(alpha)));
 }
@@ -275,21 +276,27 @@ STABLE_TORCH_LIBRARY_IMPL(soda_kernels, CPU, m) {
                 arguments, outputs);
   });
   m.impl("draw_step_index", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::draw_step_index", takes_draw(stack), TORCH_BOX(&draw_step_index), stack, arguments, outputs);
+    call_native("soda_kernels_native::draw_step_index", takes_draw(stack), TORCH_BOX(&draw_step_index),
+                stack, arguments, outputs);
   });
   m.impl("add_noise", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::add_noise", takes_add_noise(stack), TORCH_BOX(&add_noise), stack, arguments, outputs);
+    call_native("soda_kernels_native::add_noise", takes_add_noise(stack), TORCH_BOX(&add_noise),
+                stack, arguments, outputs);
   });
   m.impl("add_noise_backward", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::add_noise_backward", takes_add_noise_backward(stack), TORCH_BOX(&add_noise_backward), stack, arguments, outputs);
+    call_native("soda_kernels_native::add_noise_backward", takes_add_noise_backward(stack),
+                TORCH_BOX(&add_noise_backward), stack, arguments, outputs);
   });
   m.impl("denoising_loss", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::denoising_loss", takes_loss<0>(stack), TORCH_BOX(&denoising_loss), stack, arguments, outputs);
+    call_native("soda_kernels_native::denoising_loss", takes_loss<0>(stack), TORCH_BOX(&denoising_loss),
+                stack, arguments, outputs);
   });
   m.impl("denoising_loss_backward", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::denoising_loss_backward", takes_loss<1>(stack), TORCH_BOX(&denoising_loss_backward), stack, arguments, outputs);
+    call_native("soda_kernels_native::denoising_loss_backward", takes_loss<1>(stack),
+                TORCH_BOX(&denoising_loss_backward), stack, arguments, outputs);
   });
   m.impl("scale_samples", [](Stack stack, uint64_t arguments, uint64_t outputs) {
-    call_native("soda_kernels_native::scale_samples", takes_scale(stack), TORCH_BOX(&scale_samples), stack, arguments, outputs);
+    call_native("soda_kernels_native::scale_samples", takes_scale(stack), TORCH_BOX(&scale_samples),
+                stack, arguments, outputs);
   });
 }

@@ -10,8 +10,6 @@
 namespace soda {
 namespace {
 
-// Below so many elements a second thread costs more than it brings: where noise is drawn, and where it is not.
-constexpr int64_t noisy_grain = 1 << 13, plain_grain = 1 << 15;
 // Elements of a tile where no noise is drawn.
 constexpr int64_t plain_tile = 1 << 13;
 

@@ -46,7 +46,7 @@ static inline float widen(Half value) {
   return float_of(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-static inline float widen(Pixel pixel) { return (static_cast<float>(pixel.value) - 127.5f) / 127.5f; }
+static inline float widen(Pixel pixel) { return static_cast<float>(pixel.value) / 127.5f - 1.0f; }
 
 // All round to nearest, ties to even.
 static inline void narrow(float value, float* to) { *to = value; }

@@ -108,7 +108,8 @@ SODA_INLINE Words rounded_to_bfloat16(Floats value) {
 #endif
 }
 
-// Loads and stores: whole vectors, and the first `count` lanes of one, the others being zero and untouched in memory.
+// Loads and stores: whole vectors, and the first `count` lanes of one, the others being zero (of pixels -1) and
+// untouched in memory.
 
 SODA_INLINE Floats load(const float* from) {
   Floats value;
@@ -140,7 +141,7 @@ SODA_INLINE void store(Half* to, Floats value) { _mm256_storeu_si256(reinterpret
 
 SODA_INLINE Floats load(const Pixel* from) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return (_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)) - 127.5f) / 127.5f;
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)) / 127.5f - 1.0f;
 }
 
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
@@ -156,7 +157,7 @@ SODA_INLINE Floats load(const Half* from, int count) { return _mm512_cvtph_ps(_m
 
 SODA_INLINE Floats load(const Pixel* from, int count) {
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(count), from));
-  return _mm512_maskz_div_ps(first(count), _mm512_cvtepi32_ps(wide) - 127.5f, broadcast(127.5f));
+  return _mm512_cvtepi32_ps(wide) / 127.5f - 1.0f;
 }
 
 SODA_INLINE void store(float* to, Floats value, int count) { _mm512_mask_storeu_ps(to, first(count), value); }
@@ -180,7 +181,7 @@ SODA_INLINE Floats load(const Half* from) {
 
 SODA_INLINE Floats load(const Pixel* from) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  return (_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)) - 127.5f) / 127.5f;
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)) / 127.5f - 1.0f;
 }
 
 SODA_INLINE void store(BFloat16* to, Floats value) {
@@ -211,7 +212,7 @@ SODA_INLINE void store(T* to, Floats value) {
 
 template <class T>
 SODA_INLINE Floats load(const T* from, int count) {
-  T padded[lanes] = {};  // of a Pixel -1, which is no number that a sum takes
+  T padded[lanes] = {};
   for (int i = 0; i < count; ++i) padded[i] = from[i];
   return load(padded);
 }
@@ -238,11 +239,11 @@ SODA_INLINE void store_run(T* to, const Floats (&x)[4]) {
 }
 
 SODA_INLINE void load_run(const BFloat16* from, Floats (&x)[4]) {
-  Words pairs[2];
-  std::memcpy(pairs, from, sizeof pairs);
   for (int k = 0; k < 2; ++k) {
-    x[2 * k] = as_floats(pairs[k] << 16);
-    x[2 * k + 1] = as_floats(pairs[k] & 0xffff0000u);
+    Words pairs;  // one vector at a time: two at once GCC moves through the stack
+    std::memcpy(&pairs, from + 2 * k * lanes, sizeof pairs);
+    x[2 * k] = as_floats(pairs << 16);
+    x[2 * k + 1] = as_floats(pairs & 0xffff0000u);
   }
 }
 
@@ -251,8 +252,10 @@ SODA_INLINE Words bfloat16_pairs(Floats even, Floats odd) {
 }
 
 SODA_INLINE void store_run(BFloat16* to, const Floats (&x)[4]) {
-  const Words pairs[2] = {bfloat16_pairs(x[0], x[1]), bfloat16_pairs(x[2], x[3])};
-  std::memcpy(to, pairs, sizeof pairs);
+  for (int k = 0; k < 2; ++k) {
+    const Words pairs = bfloat16_pairs(x[2 * k], x[2 * k + 1]);
+    std::memcpy(to + 2 * k * lanes, &pairs, sizeof pairs);
+  }
 }
 
 // Stores past the caches where the instruction set has them, to addresses on a whole line (of 16-bit numbers, in runs of

@@ -92,14 +92,14 @@ def check_probability(name: str, value: float) -> None:
 
 def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     """Turn an int or a 0-d integer tensor into a 0-d int64 tensor on `device`; ints beyond int64 wrap to 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, int | Tensor):
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
+        return int64_tensor(name, value, device)
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be an int or a 0-d integer tensor")
-    if isinstance(value, int):
-        # A fill, not a copy from the host: no device waits for it.
-        return torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
-    if value.ndim != 0:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
-    return int64_tensor(name, value, device)
+    # A fill, not a copy from the host: no device waits for it.
+    return torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
 def int64_vector(name: str, value: Tensor | Sequence[int], length: int, device: torch.device) -> Tensor:
@@ -125,6 +125,8 @@ def int64_scalar_or_vector(name: str, value: int | Tensor, length: int, device: 
 
 def int64_tensor(name: str, value: Tensor, device: torch.device) -> Tensor:
     """Require an integer tensor on `device` and widen it to int64."""
+    if value.dtype == torch.int64 and value.device == device:  # nearly always; the rest takes longer than a small draw
+        return value
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be an integer tensor")
     if value.device != device:

@@ -141,7 +141,7 @@ def normals_of_words(words: torch.Tensor) -> torch.Tensor:
 
 
 def in_words(refusal: RuntimeError, op: str, *arguments: Any) -> Exception:
-    """Return what an op's reference says of a call on CPU tensors that failed, or the refusal itself if it says nothing.
+    """Return what an op's reference says of a call on CPU tensors that failed, or the refusal if it says nothing.
 
     The library leaves wrong values to the reference, whose error reaches Python through it without type and words.
     """

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(not _native.native_status().available, reason=st
 
 NATIVE, REFERENCE = torch.ops.soda_kernels, torch.ops.soda_kernels_reference
 SCHEDULE = NoiseSchedule.cosine(100)
-EXACT = NoiseSchedule.cosine(100, dtype=torch.float64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Three, four and other numbers of channels; whole blocks of four places and not; one tile and several; one place.
 SHAPES = [
@@ -173,7 +172,7 @@ def test_step_indices(isa: str, batch: int, sampling: str) -> None:
 def test_add_noise(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for layout in layouts(shape):
         (x0,) = images(shape, layout, dtype, 1)
-        for x, out, drawn in ((x0, dtype, False), (x0, torch.float32, True), (bytes_like(x0), dtype, False)):
+        for x, out, drawn in ((x0, dtype, False), (x0, torch.float64, True), (bytes_like(x0), dtype, False)):
             check("add_noise", noising_arguments(x, out, drawn=drawn))
         check("add_noise_backward", (x0, torch.arange(shape[0]), SCHEDULE.alpha))
 
@@ -304,7 +303,7 @@ def test_an_index_out_of_range_is_refused_in_words() -> None:
     for index in ([0, 100], [-1, 0]):
         for call in (
             lambda index: add_noise(x0, index, SCHEDULE, **key_of),
-            lambda index: denoising_loss(x0, x0, index, SCHEDULE, **key_of),
+            lambda index: denoising_loss(x0, x0, index, SCHEDULE, target="v", **key_of),
         ):
             with pytest.raises(ValueError, match="step_index holds values from"):
                 call(torch.tensor(index))
@@ -316,9 +315,8 @@ def test_an_index_out_of_range_is_refused_in_words() -> None:
 
 def test_the_op_itself_refuses_what_would_be_read_out_of_bounds() -> None:
     x = images((2, 3, 4, 4), torch.contiguous_format, torch.float32, 4)
-    noising, loss, step = noising_arguments(x[0], torch.float32), loss_arguments(x[0], x[1], "v", False), step_arguments(
-        x, "dpmpp_2m", "eps", previous=True
-    )  # fmt: skip
+    noising, loss = noising_arguments(x[0], torch.float32), loss_arguments(x[0], x[1], "v", False)
+    step = step_arguments(x, "dpmpp_2m", "eps", previous=True)
 
     def refuses(name: str, message: str, arguments: tuple[Any, ...], at: int, value: Any) -> None:
         with pytest.raises(RuntimeError, match=message):
