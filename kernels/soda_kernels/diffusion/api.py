@@ -82,7 +82,8 @@ def add_noise(
         first, total = check_sampling(sampling, strata, x0.shape[0], schedule.num_steps, key[2])
     arguments = (x0, index, schedule.alpha, schedule.sigma, *key, sampling, first, total, dtype)
     try:
-        x_t, drawn = _AddNoise.apply(*arguments) if is_differentiated(x0) else current_ops().add_noise(*arguments)
+        add = _AddNoise.apply if is_differentiated(x0) else current_ops().add_noise.default
+    x_t, drawn = add(*arguments)
     except RuntimeError as refusal:
         raise in_words(refusal, "add_noise", *arguments) from None
     return (x_t, drawn) if index is None else x_t
@@ -141,7 +142,7 @@ def denoising_loss(
     try:
         if is_differentiated(prediction):
             return _DenoisingLoss.apply(*arguments)
-        return current_ops().denoising_loss(*arguments, False)[0]
+        return current_ops().denoising_loss.default(*arguments, False)[0]
     except RuntimeError as refusal:
         raise in_words(refusal, "denoising_loss", *arguments, False) from None
 
@@ -152,7 +153,7 @@ class _AddNoise(torch.autograd.Function):
         ctx: Any, x0: Tensor, step_index: Tensor | None, alpha: Tensor, sigma: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.ops, ctx.x0_dtype = current_ops(), x0.dtype
-        x_t, drawn = ctx.ops.add_noise(x0, step_index, alpha, sigma, *rest)
+        x_t, drawn = ctx.ops.add_noise.default(x0, step_index, alpha, sigma, *rest)
         ctx.save_for_backward(drawn if step_index is None else step_index, alpha)
         ctx.mark_non_differentiable(drawn)
         # The gradient of the indices is None, not zeros that are written for nobody.
@@ -165,7 +166,7 @@ class _AddNoise(torch.autograd.Function):
         if dx_t is None:
             return (None,) * 11
         wide = torch.promote_types(dx_t.dtype, ctx.x0_dtype)
-        dx0 = ctx.ops.add_noise_backward(dx_t.to(wide), *ctx.saved_tensors).to(ctx.x0_dtype)
+        dx0 = ctx.ops.add_noise_backward.default(dx_t.to(wide), *ctx.saved_tensors).to(ctx.x0_dtype)
         return dx0, *(None,) * 10
 
 
@@ -177,7 +178,7 @@ class _DenoisingLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.ops, ctx.target, ctx.has_gradient = current_ops(), target, saves_gradient(prediction, x0, target)
         inputs = (prediction, x0, step_index, alpha, sigma, weights, seed, sample_ids, step)
-        loss, gradient = ctx.ops.denoising_loss(*inputs, target, ctx.has_gradient)
+        loss, gradient = ctx.ops.denoising_loss.default(*inputs, target, ctx.has_gradient)
         # The prediction too: by it a second derivative, which there is none of, is seen to be asked for.
         ctx.save_for_backward(*(gradient, prediction) if ctx.has_gradient else inputs)
         return loss
@@ -186,9 +187,9 @@ class _DenoisingLoss(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
         if ctx.has_gradient:
-            dprediction = ctx.ops.scale_samples(ctx.saved_tensors[0], dloss)
+            dprediction = ctx.ops.scale_samples.default(ctx.saved_tensors[0], dloss)
         else:
-            dprediction = ctx.ops.denoising_loss_backward(dloss, *ctx.saved_tensors, ctx.target)
+            dprediction = ctx.ops.denoising_loss_backward.default(dloss, *ctx.saved_tensors, ctx.target)
         return dprediction, *(None,) * 9
 
 

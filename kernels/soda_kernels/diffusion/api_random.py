@@ -49,7 +49,7 @@ def philox_normal(
     Reference:
         Salmon et al. 2011; Box and Muller 1958.
     """
-    return _philox_draw(current_ops().philox_normal, shape, seed, sample_ids, step, stream, dtype, device)
+    return _philox_draw(current_ops().philox_normal.default, shape, seed, sample_ids, step, stream, dtype, device)
 
 
 def philox_uniform(
@@ -70,7 +70,7 @@ def philox_uniform(
         As in `philox_normal`.
     """
     _checks.check_choice("dtype", dtype, (torch.float32, torch.float64))
-    return _philox_draw(current_ops().philox_uniform, shape, seed, sample_ids, step, stream, dtype, device)
+    return _philox_draw(current_ops().philox_uniform.default, shape, seed, sample_ids, step, stream, dtype, device)
 
 
 def draw_step_index(
@@ -116,7 +116,7 @@ def draw_step_index(
     steps = _checks.int64_scalar_or_vector("step", step, num, schedule.device)
     first, total = check_sampling(sampling, strata, num, schedule.num_steps, steps)
     key = (_checks.int64_scalar("seed", seed, schedule.device), ids, steps)
-    return current_ops().draw_step_index(*key, schedule.num_steps, sampling, first, total)
+    return current_ops().draw_step_index.default(*key, schedule.num_steps, sampling, first, total)
 
 
 def _philox_draw(

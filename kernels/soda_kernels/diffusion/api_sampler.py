@@ -110,6 +110,6 @@ def sampler_step(
         else None,
     )  # fmt: skip
     try:
-        return current_ops().sampler_step(*arguments)
+        return current_ops().sampler_step.default(*arguments)
     except RuntimeError as refusal:
         raise in_words(refusal, "sampler_step", *arguments) from None
