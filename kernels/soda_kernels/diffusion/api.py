@@ -81,9 +81,9 @@ def add_noise(
     if index is None:
         first, total = check_sampling(sampling, strata, x0.shape[0], schedule.num_steps, key[2])
     arguments = (x0, index, schedule.alpha, schedule.sigma, *key, sampling, first, total, dtype)
+    add = _AddNoise.apply if is_differentiated(x0) else current_ops().add_noise.default
     try:
-        add = _AddNoise.apply if is_differentiated(x0) else current_ops().add_noise.default
-    x_t, drawn = add(*arguments)
+        x_t, drawn = add(*arguments)
     except RuntimeError as refusal:
         raise in_words(refusal, "add_noise", *arguments) from None
     return (x_t, drawn) if index is None else x_t
