@@ -17,7 +17,7 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
   const Part<const T> x[2] = {part(static_cast<const T*>(norm.x), 0), part(static_cast<const T*>(norm.skip), 1)};
   const Part<T> dx[2] = {part(static_cast<T*>(norm.dx), 0), part(static_cast<T*>(norm.dskip), 1)};
   const Part<const T> dy = part_of(static_cast<const T*>(norm.dy), norm.all_channels(), 0, sample, norm.space, first, last);
-  const Part<const T> dsummed = part(static_cast<const T*>(norm.dsummed), 0);
+  const Part<const T> dsummed = adds ? part(static_cast<const T*>(norm.dsummed), 0) : Part<const T>{};
   const Coefficients coefficients(width, scratch);
   float *const slope = scratch.take<float>(width), *const constant = scratch.take<float>(width);
   float *const plain = scratch.take<float>(width), *const weighted = scratch.take<float>(width);
@@ -53,7 +53,9 @@ inline void backward_unit(const Backward& norm, int64_t sample, int64_t first_gr
             if constexpr (with_dropout) value[r] *= load(tile.factors(row + r) + c);
             if constexpr (with_silu) value[r] *= derivative[r];
             store_lanes<step.whole>(dp + (row + r) * width + at + c, value[r], n);
-            centered[r] *= value[r];
+            // Which of the products below a compiler fuses with their sum may differ between whole vectors and parts of
+            // them, and with it the bits between one cut into units and another.
+            centered[r] = rounded(centered[r] * value[r]);
           }
           store_lanes<step.whole>(plain + at + c, load_lanes<step.whole>(plain + at + c, n) + sum(value), n);
           store_lanes<step.whole>(weighted + at + c, load_lanes<step.whole>(weighted + at + c, n) + sum(centered), n);

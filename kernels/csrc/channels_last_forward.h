@@ -23,7 +23,8 @@ struct ChannelMoments {
 template <class T>
 inline void merge_block(const Part<const T>& part, int64_t first, int64_t last, bool is_all,
                         const Coefficients& workspace, const ChannelMoments& moments) {
-  float *const shift = workspace.mean, *const deviations = workspace.scale, *const squares = workspace.shift;
+  float *const shift = workspace.mean + part.offset, *const deviations = workspace.scale + part.offset;
+  float* const squares = workspace.shift + part.offset;
   const float rows = static_cast<float>(last - first);
   for_vectors(part.width, [&](auto step, int64_t c, int64_t n) {
     Floats center[step.count] = {}, deviation[step.count] = {}, square[step.count] = {};
@@ -150,7 +151,8 @@ class ForwardSlab {
     }
   }
 
-  // Blocks in any order. Meanwhile a block of another slab, from row `soon` on, is asked for.
+  // Blocks in any order. Meanwhile a block of another slab, from row `soon` on, is asked for; where that one is smaller,
+  // so is memory behind it, which costs little and faults nowhere.
   template <bool with_silu, bool with_dropout, bool past_caches>
   void apply(int64_t from, int64_t to, const ForwardSlab& other, int64_t soon, float* keep) const {
     const Part<T> y = part_of(static_cast<T*>(norm_.y), norm_.all_channels(), 0, sample_, norm_.space, first_, last_);
@@ -225,9 +227,10 @@ inline void run_slabs(const Forward& norm, int64_t first_unit, int64_t last_unit
     next->finish();
     std::swap(now, next);
   }
-  for_blocks(norm.space, [&](int64_t from, int64_t to) {
-    now->template apply<with_silu, with_dropout, past_caches>(from, to, *now, from, keep);
-  });
+  for (int64_t from = (norm.space - 1) / block_rows * block_rows; from >= 0; from -= block_rows) {
+    const int64_t to = from + block_rows < norm.space ? from + block_rows : norm.space;
+    now->template apply<with_silu, with_dropout, past_caches>(from, to, *now, from, keep);  // nothing is left to ask for
+  }
   if constexpr (past_caches) end_stream();
 }
 

@@ -61,6 +61,7 @@ struct Backward : GroupNorm {
 };
 
 struct GroupNormKernels {
+  // Of one unit at least.
   void (*forward)(const Forward&, int64_t first_unit, int64_t last_unit);
   void (*backward)(const Backward&, int64_t first_unit, int64_t last_unit);
   // After all units: sums the samples' shares in their order.

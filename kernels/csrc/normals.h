@@ -17,20 +17,6 @@ typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
 
 inline Floats to_floats(Words small) { return __builtin_convertvector(reinterpret_cast<Ints>(small), Floats); }  // < 2^31
 
-// The value of a product as it is rounded: the compiler may not make it part of a fused operation.
-SODA_INLINE Floats rounded(Floats x) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(x));
-#elif defined(__SSE2__)
-  asm("" : "+x"(x));
-#elif defined(__aarch64__)
-  asm("" : "+w"(x));
-#else
-  asm("" : "+m"(x));
-#endif
-  return x;
-}
-
 SODA_INLINE Floats square_root(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_sqrt_ps(x);

@@ -35,6 +35,20 @@ inline Floats broadcast(float value) { return Floats{} + value; }
 inline Words as_words(Floats value) { return reinterpret_cast<Words>(value); }
 inline Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
 
+// The value of a product as it is rounded: the compiler may not make it part of a fused operation.
+SODA_INLINE Floats rounded(Floats x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE2__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // The greater, and the smaller, of x and a bound; a NaN stays one.
 SODA_INLINE Floats at_least(float bound, Floats x) {
 #if defined(__AVX512F__)

@@ -162,6 +162,58 @@ def test_bits_depend_on_no_thread_count_no_run_and_no_neighbour(
     assert torch.equal(outputs[2], runs[0][2][1:2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+@pytest.mark.parametrize(
+    ("batch", "channels", "groups", "sides"), [(1, (128, 128), 8, (16, 16)), (2, (29, 171), 25, (9, 15))]
+)
+def test_a_pairs_bits_depend_on_no_cut(
+    isa: str, dtype: torch.dtype, batch: int, channels: tuple[int, int], groups: int, sides: tuple[int, int]
+) -> None:
+    """Slabs across both images, of which threads get another cut; and a slab that ends where vectors do not."""
+    torch.manual_seed(0)
+    images = [
+        torch.randn(batch, count, *sides).to(dtype).contiguous(memory_format=torch.channels_last) for count in channels
+    ]
+    weight, bias = torch.randn(2, sum(channels)).unbind()
+    dy = torch.randn(batch, sum(channels), *sides).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def run(part: slice) -> list[Tensor]:
+        x, skip = (image[part] for image in images)
+        y, _, mean, rstd = NATIVE.modulated_group_norm(
+            x, skip, None, weight, bias, [], groups, 1.0, 1e-5, False, 0.0, None
+        )
+        gradients = NATIVE.modulated_group_norm_backward(
+            dy[part], None, x, skip, weight, bias, [], mean, rstd, 1.0, False, 0.0, None
+        )
+        return [y, mean, rstd, *gradients[:4]]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one, last = run(slice(None)), run(slice(batch - 1, None))
+        torch.set_num_threads(2)
+        two = run(slice(None))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a[-1:], b) for a, b in zip(one[:5], last[:5], strict=True))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_pair_of_different_means(isa: str, layout: str) -> None:
+    """Statistics of the one image are summed around its own means."""
+    torch.manual_seed(0)
+    x, skip = torch.randn(2, 2, 32, 16, 16).unbind()
+    skip = skip + 1e4
+    if layout == "nhwc":
+        x, skip = (image.contiguous(memory_format=torch.channels_last) for image in (x, skip))
+    y = NATIVE.modulated_group_norm(x, skip, None, None, None, [], 2, 1.0, 1e-5, False, 0.0, None)[0]
+    for half, image in zip(y.chunk(2, dim=1), (x, skip), strict=True):
+        exact = torch.nn.functional.group_norm(image.double(), 1)
+        plain = torch.nn.functional.group_norm(image, 1)
+        assert (half - exact).norm() <= 2 * (plain - exact).norm()
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
 def test_a_large_batch_has_the_bits_of_its_small_parts(isa: str, dtype: torch.dtype, layout: str) -> None:
