@@ -39,15 +39,16 @@ def by_native(draw: Draw, shape: tuple[int, int], **key: Any) -> Tensor:
 def by_triton(
     draw: Draw, shape: tuple[int, int], *, seed: int, sample_ids: Any, step: int = 0, stream: str = "noise"
 ) -> Tensor:
-    from soda_kernels.diffusion import triton_impl
+    from soda_kernels.diffusion.config import TileConfig
+    from soda_kernels.diffusion.triton_impl import plan_philox
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_impl, "_PHILOX_BLOCK", ELEMENTS)  # the interpreter takes milliseconds a program
-        plan = triton_impl.plan_philox(
-            torch.tensor(seed), torch.as_tensor(list(sample_ids)), torch.tensor(step), shape[1],
-            _philox.STREAMS[stream], torch.float32, normal=draw is philox_normal,
-        )  # fmt: skip
-        return plan.run()[0]
+    plan = plan_philox(
+        torch.tensor(seed), torch.as_tensor(list(sample_ids)), torch.tensor(step), shape[1],
+        _philox.STREAMS[stream], torch.float32, normal=draw is philox_normal,
+        # The interpreter takes milliseconds a program.
+        config=TileConfig(positions=ELEMENTS, channels=1, num_warps=4),
+    )  # fmt: skip
+    return plan.run()[0]
 
 
 def on_gpu(draw: Draw, shape: tuple[int, int], **key: Any) -> Tensor:

@@ -27,7 +27,6 @@ from soda_kernels.diffusion.triton_noising import (
 )
 from soda_kernels.diffusion.triton_sampler import _guidance_moments_kernel, _sampler_step_kernel
 
-_PHILOX_BLOCK = 1024
 _INDEX_BLOCK = 128
 _TOTAL_BLOCK = 256
 _MOMENTS_BLOCK = 2048
@@ -105,18 +104,24 @@ class _Geometry:
 
 
 def plan_philox(
-    seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, stream: int, dtype: torch.dtype, *, normal: bool
-) -> Plan:
+    seed: Tensor, sample_ids: Tensor, step: Tensor, num: int, stream: int, dtype: torch.dtype, *, normal: bool,
+    config: TileConfig | None = None,
+) -> Plan:  # fmt: skip
     """Plan the op `philox_normal` or `philox_uniform`, whose arguments these are; nothing may be empty."""
     out = sample_ids.new_empty((len(sample_ids), num), dtype=dtype)
-    chunks = math.ceil(num / _PHILOX_BLOCK)
+    problem = Problem(
+        kernel="philox_normal" if normal else "philox_uniform", batch=len(sample_ids), positions=num, channels=1,
+        element_bytes=(dtype.itemsize,),
+    )  # fmt: skip
+    config = config or choose(problem, out.device)
+    chunks = math.ceil(num / config.positions)
     launch = Launch(
         kernel=_philox_kernel, grid=(len(sample_ids) * chunks,),
         arguments={"out_ptr": out, **_key(seed, sample_ids, step), "num": num, "chunks": chunks},
-        constants={"BLOCK": _PHILOX_BLOCK, "STREAM": stream, "NORMAL": normal, "STEP_PER_SAMPLE": step.ndim > 0},
-        num_warps=4,
+        constants={"BLOCK": config.positions, "STREAM": stream, "NORMAL": normal, "STEP_PER_SAMPLE": step.ndim > 0},
+        num_warps=config.num_warps,
     )  # fmt: skip
-    return Plan(launches=(launch,), outputs=(out,), config=None)
+    return Plan(launches=(launch,), outputs=(out,), config=config, problem=problem)
 
 
 def plan_draw_step_index(
@@ -177,16 +182,18 @@ def plan_denoising_loss(
 ) -> Plan:  # fmt: skip
     """Plan the op `denoising_loss`, whose arguments these are; the prediction may not be empty."""
     gradient = _empty_like(prediction) if save_gradient else prediction.new_empty(0)
+    loss = prediction.new_empty(len(prediction), dtype=torch.float32)
     tiles, geometry = _plan_errors(
         prediction, x0, step_index, alpha, sigma, weights, seed, sample_ids, step, target, config,
-        gradient=gradient if save_gradient else None, sums=True,
+        gradient=gradient if save_gradient else None, loss=loss,
     )  # fmt: skip
-    loss = prediction.new_empty(len(prediction), dtype=torch.float32)
+    if geometry.chunks == 1:  # a tile's sum is its sample's
+        return Plan(launches=(tiles,), outputs=(loss, gradient), config=geometry.config, problem=geometry.problem)
     total = Launch(
         kernel=_denoising_loss_total_kernel, grid=(len(prediction),),
         arguments={
             **{name: tiles.arguments[name] for name in ("partial_ptr", "index_ptr", "weights_ptr", "num_steps")},
-            "loss_ptr": loss, "chunks": geometry.chunks, "share": 1 / prediction[0].numel(),
+            "loss_ptr": loss, "chunks": geometry.chunks, "loss_share": 1 / prediction[0].numel(),
         },
         constants={"BLOCK": _TOTAL_BLOCK}, num_warps=4,
     )  # fmt: skip
@@ -266,23 +273,29 @@ def _guidance_moments(cond: Tensor, uncond: Tensor, cfg_scale: float) -> Launch:
 def _plan_errors(
     prediction: Tensor, x0: Tensor, step_index: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor | None,
     seed: Tensor, sample_ids: Tensor, step: Tensor, target: str, config: TileConfig | None, *,
-    gradient: Tensor | None, dloss: Tensor | None = None, sums: bool = False,
+    gradient: Tensor | None, dloss: Tensor | None = None, loss: Tensor | None = None,
 ) -> tuple[Launch, _Geometry]:  # fmt: skip
-    """Launch the kernel that forms prediction - target, for its tiles' sums of squares, its gradient, or both."""
+    """Launch the kernel that forms prediction - target, for the loss, its gradient, or both.
+
+    Where a sample has several tiles, their sums of squares are written in place of the loss.
+    """
     prediction, x0 = _dense(prediction), _dense(x0)
     images = (prediction,) if target == "eps" else (prediction, x0)
-    kernel = "denoising_loss" if sums else "denoising_loss_backward"
-    saving = "-saving" if sums and gradient is not None else ""
+    kernel = "denoising_loss_backward" if loss is None else "denoising_loss"
+    saving = "-saving" if loss is not None and gradient is not None else ""
     geometry = _Geometry.of(f"{kernel}-{target}{saving}", images, config, draws=target != "x0")
     num_programs = len(prediction) * geometry.chunks
+    partial = None
+    if loss is not None and geometry.chunks > 1:
+        partial, loss = prediction.new_empty(num_programs, dtype=torch.float32), None
     launch = Launch(
         kernel=_denoising_loss_kernel, grid=(num_programs,),
         arguments={
             "prediction_ptr": prediction, "x0_ptr": None if target == "eps" else x0,
             "index_ptr": step_index.contiguous(), **_tables(alpha, sigma), "weights_ptr": weights,
             **_key(seed, sample_ids, step), "dloss_ptr": dloss,
-            "partial_ptr": prediction.new_empty(num_programs, dtype=torch.float32) if sums else None,
-            "gradient_ptr": gradient, **geometry.arguments, "share": 2 / prediction[0].numel(),
+            "partial_ptr": partial, "loss_ptr": loss, "gradient_ptr": gradient, **geometry.arguments,
+            "loss_share": 1 / prediction[0].numel(),
             **geometry.strides("prediction", prediction), **geometry.strides("x0", x0),
             "dloss_stride": 0 if dloss is None else dloss.stride(0),
         },

@@ -100,14 +100,15 @@ def _scale_samples_kernel(
 @triton.jit
 def _denoising_loss_kernel(
     prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, weights_ptr, seed_ptr, ids_ptr, step_ptr, dloss_ptr,
-    partial_ptr, gradient_ptr, num_steps, positions, channels, position_chunks, chunks, share,
+    partial_ptr, loss_ptr, gradient_ptr, num_steps, positions, channels, position_chunks, chunks, loss_share,
     prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride, dloss_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
     STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
 ):  # fmt: skip
     """Of one tile of one sample: the sum of squared errors, or the gradient, or both.
 
-    The gradient is dloss weight 2 / M (prediction - target), without a dloss for 1, laid out as the prediction.
+    Where the tile is the sample, the sum becomes its loss at once. The gradient is dloss weight 2 / M (prediction -
+    target), without a dloss for 1, laid out as the prediction.
     """
     sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
@@ -128,21 +129,26 @@ def _denoising_loss_kernel(
             index = tl.load(index_ptr + sample)
             target = look_up(alpha_ptr, index, num_steps) * target - look_up(sigma_ptr, index, num_steps) * x0
         error -= target
-    if partial_ptr is not None:
-        squares = tl.where(exists, error * error, 0.0)
-        tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
+    weight = 1.0
+    if weights_ptr is not None and (partial_ptr is None or gradient_ptr is not None):
+        weight = look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
     if gradient_ptr is not None:
-        factor = share
+        factor = 2.0 * loss_share * weight
         if dloss_ptr is not None:
             factor *= tl.load(dloss_ptr + sample.to(tl.int64) * dloss_stride).to(tl.float32)
-        if weights_ptr is not None:
-            factor *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
         tl.store(gradient_ptr + at, (error * factor).to(gradient_ptr.dtype.element_ty), exists)
+    if partial_ptr is not None or loss_ptr is not None:
+        squares = tl.where(exists, error * error, 0.0)
+        total = tl.sum(tl.sum(squares, axis=1), axis=0)
+        if loss_ptr is not None:
+            tl.store(loss_ptr + sample, total * loss_share * weight)
+        else:
+            tl.store(partial_ptr + tl.program_id(0), total)
 
 
 @triton.jit
 def _denoising_loss_total_kernel(
-    partial_ptr, index_ptr, weights_ptr, loss_ptr, num_steps, chunks, share, BLOCK: tl.constexpr
+    partial_ptr, index_ptr, weights_ptr, loss_ptr, num_steps, chunks, loss_share, BLOCK: tl.constexpr
 ):
     """One sample's loss, from its tiles' sums in their order."""
     sample = tl.program_id(0)
@@ -150,7 +156,7 @@ def _denoising_loss_total_kernel(
     for first in range(0, chunks, BLOCK):
         chunk = first + tl.arange(0, BLOCK)
         total += tl.load(partial_ptr + sample.to(tl.int64) * chunks + chunk, chunk < chunks, 0.0)
-    loss = tl.sum(total, axis=0) * share
+    loss = tl.sum(total, axis=0) * loss_share
     if weights_ptr is not None:
         loss *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
     tl.store(loss_ptr + sample, loss)
