@@ -96,14 +96,21 @@ def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor
         if value.ndim != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
         return int64_tensor(name, value, device)
+    if not isinstance(value, int) and isinstance(value, Integral):
+        value = int(value)  # NumPy's
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be an int or a 0-d integer tensor")
     # A fill, not a copy from the host: no device waits for it.
-    return torch.full((), (value + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    return torch.full((), _wrapped(value), dtype=torch.int64, device=device)
+
+
+def _wrapped(value: int) -> int:
+    """The int64 of the same 64 bits."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def int64_vector(name: str, value: Tensor | Sequence[int], length: int, device: torch.device) -> Tensor:
-    """Turn integers into an int64 tensor of shape (length,) on `device`."""
+    """Turn integers into an int64 tensor of shape (length,) on `device`; those beyond int64 wrap to 64 bits."""
     if not isinstance(value, Tensor):
         if not isinstance(value, Iterable):
             raise TypeError(f"{name} is a {type(value).__name__}; it must be an (N,) integer tensor or list of ints")
@@ -111,7 +118,7 @@ def int64_vector(name: str, value: Tensor | Sequence[int], length: int, device: 
         for entry in value:
             if isinstance(entry, bool) or not isinstance(entry, Integral):
                 raise TypeError(f"{name} holds a {type(entry).__name__}; its entries must be ints")
-        value = torch.tensor(value, dtype=torch.int64, device=device)
+        value = torch.tensor([_wrapped(int(entry)) for entry in value], dtype=torch.int64, device=device)
     check_shape(name, value, (length,))
     return int64_tensor(name, value, device)
 

@@ -249,7 +249,9 @@ SAMPLER = [
     ({"eta": 1.5}, ValueError, r"eta is 1.5; it must be in \[0, 1\]"),
     ({"eta": None}, TypeError, "eta is a NoneType; it must be a number"),
     ({"eta": 0.5, "method": "ddpm"}, ValueError, "eta is 0.5 with method 'ddpm'; only 'ddim' takes it"),
-    ({"clip_x0": 0.0}, ValueError, "clip_x0 is 0.0; it must be positive, or None"),
+    ({"clip_x0": 0.0}, ValueError, "clip_x0 is 0.0; it must be positive and within fp32, or None"),
+    ({"clip_x0": 1e39}, ValueError, "clip_x0 is 1e\\+39; it must be positive and within fp32, or None"),
+    ({"cfg_scale": 1e39, "uncond": X}, ValueError, "cfg_scale is 1e\\+39; it must be within fp32"),
     ({"clip_x0": float("nan")}, ValueError, "clip_x0 is nan; it must be finite"),
     ({"clip_x0": "yes"}, TypeError, "clip_x0 is a str; it must be a number"),
     ({"guidance_rescale": 0.7}, ValueError, "uncond is None with guidance_rescale 0.7; only guided outputs are"),
@@ -390,6 +392,7 @@ def test_int64_scalar_wraps_ints_to_64_bits_and_widens_tensors() -> None:
     assert int(_checks.int64_scalar("seed", 2**64 + 5, CPU)) == 5
     assert int(_checks.int64_scalar("seed", 2**63, CPU)) == -(2**63)
     assert int(_checks.int64_scalar("seed", -1, CPU)) == -1
+    assert int(_checks.int64_scalar("seed", np.int64(7), CPU)) == 7  # type: ignore[arg-type]
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
         widened = _checks.int64_scalar("seed", torch.tensor(7, dtype=dtype), CPU)
         assert (widened.dtype, widened.ndim, int(widened)) == (torch.int64, 0, 7)
@@ -399,6 +402,7 @@ def test_int64_vector_takes_tensors_lists_ranges_and_arrays() -> None:
     for value in (torch.arange(3, dtype=torch.int32), [0, 1, 2], range(3), np.arange(3)):
         assert torch.equal(_checks.int64_vector("sample_ids", value, 3, CPU), torch.arange(3))
     assert _checks.int64_vector("sample_ids", [], 0, CPU).shape == (0,)
+    assert _checks.int64_vector("sample_ids", [2**63, -1], 2, CPU).tolist() == [-(2**63), -1]
     assert _checks.int64_scalar_or_vector("step", torch.arange(3), 3, CPU).shape == (3,)
     assert _checks.int64_scalar_or_vector("step", torch.tensor(3), 3, CPU).shape == ()
 

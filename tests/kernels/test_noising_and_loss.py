@@ -285,7 +285,7 @@ def test_step_indices_out_of_range_raise_on_a_cpu(index: list[int]) -> None:
     x0 = torch.randn(2, 3)
     with pytest.raises(ValueError, match=r"step_index holds values from .* must be in \[0, 49\]"):
         add_noise(x0, torch.tensor(index), SCHEDULE, **key(2))
-    for target, weights in (("v", None), ("eps", torch.ones(50))):
+    for target, weights in (("v", None), ("eps", torch.ones(50)), ("eps", None), ("x0", None)):
         with pytest.raises(ValueError, match="step_index"):
             denoising_loss(x0, x0, torch.tensor(index), SCHEDULE, target=target, weights=weights, **key(2))
 

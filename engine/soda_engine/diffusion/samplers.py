@@ -74,7 +74,7 @@ def sample(
     with tqdm(total=num_steps, desc="sampling", disable=not progress) as bar:
         for step in range(num_steps):
             if graphed and step == 1:
-                advance = _captured(advance)
+                advance = _captured(advance, x.device)
             advance()
             bar.update()
     return x
@@ -132,7 +132,7 @@ def _advance(
         x0.copy_(x0_now)
 
 
-def _captured(advance: Callable[[], None]) -> Callable[[], None]:
+def _captured(advance: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Capture a step that has run once as a CUDA graph; its tensors live in the graph's own memory pool.
 
     That first run was a real step: it compiled the kernels and let libraries choose theirs, neither of which may happen
@@ -140,7 +140,11 @@ def _captured(advance: Callable[[], None]) -> Callable[[], None]:
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # PyTorch's own capture stream belongs to the device that was current first, whichever that was.
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+        ):
             advance()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -15,6 +15,8 @@ from soda_kernels.diffusion.checks import check_indices, check_schedule
 from soda_kernels.diffusion.reference import METHODS, TARGETS
 from soda_kernels.diffusion.schedule import NoiseSchedule
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def sampler_step(
     x_t: Tensor,
@@ -90,8 +92,10 @@ def sampler_step(
         raise ValueError(f"eta is {eta}; it must be in [0, 1]")
     if eta and method != "ddim":
         raise ValueError(f"eta is {eta} with method {method!r}; only 'ddim' takes it")
-    if clip_x0 is not None and not clip_x0 > 0:
-        raise ValueError(f"clip_x0 is {clip_x0}; it must be positive, or None for no clipping")
+    if clip_x0 is not None and not 0 < clip_x0 <= _LARGEST:
+        raise ValueError(f"clip_x0 is {clip_x0}; it must be positive and within fp32, or None for no clipping")
+    if not -_LARGEST <= cfg_scale <= _LARGEST:
+        raise ValueError(f"cfg_scale is {cfg_scale}; it must be within fp32")
     if (previous_x0 is None) != (previous_index is None):
         raise ValueError("previous_x0 and previous_index go together; give both or neither")
     stochastic = method == "ddpm" or eta > 0.0

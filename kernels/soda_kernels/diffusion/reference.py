@@ -180,6 +180,7 @@ def _error(
     step: Tensor, target: str,
 ) -> Tensor:  # fmt: skip
     """Return prediction - target as a new tensor."""
+    _check_index(step_index, alpha)
     wide = prediction.to(torch.promote_types(_compute_dtype(prediction), _compute_dtype(x0)))
     if target == "x0":
         return wide - _widen(x0)
@@ -213,13 +214,18 @@ def _sampler_noise(x: Tensor, seed: Tensor | None, sample_ids: Tensor | None, st
 
 
 def _look_up(table: Tensor, step_index: Tensor) -> Tensor:
-    """Gather table[step_index]; on a CPU, where reading values costs nothing, out-of-range indices raise."""
+    """Gather table[step_index]."""
+    _check_index(step_index, table)
+    # Not table[step_index], which reads a 0-d index back from the device.
+    return torch.take(table, step_index)
+
+
+def _check_index(step_index: Tensor, table: Tensor) -> None:
+    """On a CPU, where reading values costs nothing, let indices raise that are out of the table's range."""
     if step_index.device.type == "cpu" and step_index.numel():
         low, high = int(step_index.min()), int(step_index.max())
         if low < 0 or high >= len(table):
             raise ValueError(f"step_index holds values from {low} to {high}; it must be in [0, {len(table) - 1}]")
-    # Not table[step_index], which reads a 0-d index back from the device.
-    return torch.take(table, step_index)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -123,5 +123,5 @@ def draw_step_index(
 
 @triton.jit
 def look_up(table_ptr, index, num_steps):
-    """Return table[index], or NaN for an index that the table does not have."""
-    return tl.load(table_ptr + index, (index >= 0) & (index < num_steps), float("nan"))
+    """Return table[index] in fp32, or NaN for an index that the table does not have."""
+    return tl.load(table_ptr + index, (index >= 0) & (index < num_steps), float("nan")).to(tl.float32)

@@ -292,7 +292,8 @@ def _plan_errors(
         kernel=_denoising_loss_kernel, grid=(num_programs,),
         arguments={
             "prediction_ptr": prediction, "x0_ptr": None if target == "eps" else x0,
-            "index_ptr": step_index.contiguous(), **_tables(alpha, sigma), "weights_ptr": weights,
+            "index_ptr": step_index.contiguous(), **_tables(alpha, sigma),
+            "weights_ptr": weights if weights is None else weights.contiguous(),
             **_key(seed, sample_ids, step), "dloss_ptr": dloss,
             "partial_ptr": partial, "loss_ptr": loss, "gradient_ptr": gradient, **geometry.arguments,
             "loss_share": 1 / prediction[0].numel(),
