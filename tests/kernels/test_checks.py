@@ -153,6 +153,7 @@ PACKED = [
 PHILOX = [
     ({"shape": 3}, TypeError, "shape is a int; it must be a sequence of ints"),
     ({"shape": ()}, ValueError, r"shape is \(\); it must be the number of samples, then"),
+    ({"shape": (3, 3.0)}, TypeError, r"shape is \(3, 3.0\); its entries must be ints"),
     ({"shape": (3, -1)}, ValueError, r"shape is \(3, -1\); it must be the number of samples, then"),
     ({"shape": (3, 2**17, 2**17)}, ValueError, r"shape is \(3, .* fewer than 2\^34 elements"),
     ({"seed": 0.5}, TypeError, "seed is a float; it must be an int or a 0-d integer tensor"),
