@@ -62,7 +62,9 @@ def _plan_philox(problem: DiffusionProblem, mode: str, config: Any) -> Any:
     from soda_kernels.diffusion import triton_impl  # needs Triton
 
     x = problem.x
-    return triton_impl.plan_philox(*_key(problem), x[0].numel(), STREAMS["noise"], x.dtype, normal=True)
+    return triton_impl.plan_philox(
+        *_key(problem), x[0].numel(), STREAMS["noise"], x.dtype, normal=True, config=config
+    )  # fmt: skip
 
 
 def _plan_add_noise(problem: DiffusionProblem, mode: str, config: Any) -> Any:

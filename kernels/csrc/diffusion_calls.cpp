@@ -19,6 +19,13 @@ int64_t dims_of(AtenTensorHandle tensor) {
   return dims;
 }
 
+bool is_on_cpu(AtenTensorHandle tensor) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  int32_t device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor, &device));
+  return device == cpu;
+}
+
 int64_t stride_of(const Tensor& vector) { return vector.dim() ? vector.stride(0) : 0; }
 
 }  // namespace
@@ -51,12 +58,14 @@ bool has_values(AtenTensorHandle image, bool or_pixels) {
          length_of(image) > 0;
 }
 
-bool is_number(AtenTensorHandle tensor) { return dtype_of(tensor) || has_dtype(tensor, aoti_torch_dtype_float64()); }
+bool is_number(AtenTensorHandle tensor) {
+  return is_on_cpu(tensor) && (dtype_of(tensor) || has_dtype(tensor, aoti_torch_dtype_float64()));
+}
 
 bool is_table(AtenTensorHandle table) { return is_number(table) && dims_of(table) == 1; }
 
 bool is_within(AtenTensorHandle indices, int64_t low, int64_t end) {
-  if (!has_dtype(indices, aoti_torch_dtype_int64()) || dims_of(indices) > 1) return false;
+  if (!is_on_cpu(indices) || !has_dtype(indices, aoti_torch_dtype_int64()) || dims_of(indices) > 1) return false;
   void* data;
   int64_t* strides;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(indices, &data));
@@ -67,6 +76,10 @@ bool is_within(AtenTensorHandle indices, int64_t low, int64_t end) {
     if (index < low || index >= end) return false;
   }
   return true;
+}
+
+bool is_index(AtenTensorHandle index, int64_t low, int64_t end) {
+  return length_of(index) == 1 && is_within(index, low, end);
 }
 
 void call_native(const char* reference, bool is_taken, void (*kernel)(Stack, uint64_t, uint64_t), Stack stack,

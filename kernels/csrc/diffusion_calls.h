@@ -23,8 +23,9 @@ AtenTensorHandle tensor_at(Stack stack, int index);
 AtenTensorHandle maybe_tensor_at(Stack stack, int index);  // null for an absent one
 bool has_values(AtenTensorHandle image, bool or_pixels = false);  // an image that the kernels take, and not an empty one
 bool is_table(AtenTensorHandle table);
-// Whether all are whole numbers from `low` to below `end`.
+// Whether all are whole numbers from `low` to below `end`; there may be none.
 bool is_within(AtenTensorHandle indices, int64_t low, int64_t end);
+bool is_index(AtenTensorHandle index, int64_t low, int64_t end);  // one such number
 bool is_number(AtenTensorHandle tensor);
 int64_t length_of(AtenTensorHandle tensor);
 

@@ -11,7 +11,7 @@ struct Moments {
   double count = 0, origin = 0, first = 0, second = 0, within = 0;
 
   // A part of n numbers, with the sums of their deviations from `shift`, and of the deviations' squares.
-  void merge(double n, float shift, float deviations, float squares) {
+  void merge(double n, double shift, double deviations, double squares) {
     const double excess = deviations / n, mean = shift + excess;
     if (count == 0) origin = mean;
     const double delta = mean - origin;

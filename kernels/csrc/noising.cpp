@@ -62,6 +62,8 @@ void draw_indices(const NoiseKey& key, int64_t batch, int64_t num_steps, const s
                   int64_t total, int64_t* indices) {
   STD_TORCH_CHECK(num_steps > 0 && total > 0, "num_steps is ", num_steps, " and num_strata ", total,
                   "; they must be positive");
+  STD_TORCH_CHECK(sampling == "uniform" || sampling == "stratified" || sampling == "logit_normal", "sampling is ",
+                  sampling, "; it must be uniform, stratified or logit_normal");
   std::vector<float> numbers(static_cast<size_t>(batch));
   if (sampling == "stratified") {
     constexpr int64_t shared_id = (int64_t{1} << 56) - 1;
@@ -233,17 +235,28 @@ Tensor denoising_loss_backward(const Tensor& dloss, const Tensor& prediction, co
 // Which calls the kernels take. An index out of range is the reference's too, which says so.
 
 bool takes_philox(Stack stack) {
-  return kernel_dtype(to<ScalarType>(stack[5])) && to<int64_t>(stack[3]) > 0 && length_of(tensor_at(stack, 1)) > 0;
+  const int64_t stream = to<int64_t>(stack[4]);  // of 8 bits
+  return kernel_dtype(to<ScalarType>(stack[5])) && to<int64_t>(stack[3]) > 0 && stream >= 0 && stream < 256 &&
+         length_of(tensor_at(stack, 1)) > 0;
 }
 
-bool takes_draw(Stack stack) { return length_of(tensor_at(stack, 1)) > 0; }
+// Strata whose products with a word stay inside 63 bits.
+bool takes_strata(int64_t first, int64_t total) {
+  constexpr int64_t end = int64_t{1} << 31;
+  return first >= 0 && first < end && total < end;
+}
+
+bool takes_draw(Stack stack) {
+  return length_of(tensor_at(stack, 1)) > 0 && takes_strata(to<int64_t>(stack[5]), to<int64_t>(stack[6]));
+}
 
 bool takes_add_noise(Stack stack) {
   const AtenTensorHandle alpha = tensor_at(stack, 2), indices = maybe_tensor_at(stack, 1);
   const auto dtype = to<ScalarType>(stack[10]);
   return has_values(tensor_at(stack, 0), true) && (kernel_dtype(dtype) || dtype == ScalarType::Double) && is_table(alpha) &&
          is_table(tensor_at(stack, 3)) && length_of(tensor_at(stack, 3)) == length_of(alpha) &&
-         (!indices || is_within(indices, 0, length_of(alpha)));
+         (indices ? is_within(indices, 0, length_of(alpha))
+                  : takes_strata(to<int64_t>(stack[8]), to<int64_t>(stack[9])));
 }
 
 bool takes_add_noise_backward(Stack stack) {
@@ -258,7 +271,7 @@ bool takes_loss(Stack stack) {
   const AtenTensorHandle alpha = tensor_at(stack, first + 3), weights = maybe_tensor_at(stack, first + 5);
   return has_values(tensor_at(stack, first)) && has_values(tensor_at(stack, first + 1), true) && is_table(alpha) &&
          is_table(tensor_at(stack, first + 4)) && length_of(tensor_at(stack, first + 4)) == length_of(alpha) &&
-         (!weights || (is_number(weights) && length_of(weights) == length_of(alpha))) &&
+         (!weights || (is_table(weights) && length_of(weights) == length_of(alpha))) &&
          is_within(tensor_at(stack, first + 2), 0, length_of(alpha)) && (first == 0 || is_number(tensor_at(stack, 0)));
 }
 

@@ -129,9 +129,9 @@ bool takes_sampler_step(Stack stack) {
   const int64_t steps = length_of(alpha);
   return has_values(tensor_at(stack, 0)) && is_table(alpha) && is_table(tensor_at(stack, 4)) &&
          is_table(tensor_at(stack, 5)) && length_of(tensor_at(stack, 4)) == steps &&
-         length_of(tensor_at(stack, 5)) == steps && is_within(tensor_at(stack, 6), 0, steps) &&
-         is_within(tensor_at(stack, 7), std::numeric_limits<int64_t>::min(), steps) &&
-         (!previous_index || is_within(previous_index, 0, steps));
+         length_of(tensor_at(stack, 5)) == steps && is_index(tensor_at(stack, 6), 0, steps) &&
+         is_index(tensor_at(stack, 7), std::numeric_limits<int64_t>::min(), steps) &&
+         (!previous_index || is_index(previous_index, 0, steps));
 }
 
 }  // namespace

@@ -65,12 +65,37 @@ inline void sampler_step_in(const SamplerStep& call, int64_t first_tile, int64_t
   });
 }
 
+// Add a run of floats, seen from `shift`, one of the sample's numbers; the array has room for pairs of whole vectors.
+// In double squares neither overflow nor underflow, and a shift that lies far off costs no digits that a float has: its
+// own squared deviation is one of the sum's.
+inline void merge_run_in_double(float shift, float* x, int64_t length, Moments* moments) {
+  for (int64_t i = length; i % (2 * lanes); ++i) x[i] = shift;
+  const Doubles origin = Doubles{} + static_cast<double>(shift);
+  Doubles deviations[4] = {}, squares[4] = {};
+  for (int64_t i = 0; i < length; i += 2 * lanes) {
+    Doubles half[4];
+    widen_halves(load(x + i), &half[0], &half[1]);
+    widen_halves(load(x + i + lanes), &half[2], &half[3]);
+    for (int k = 0; k < 4; ++k) {
+      half[k] -= origin;
+      deviations[k] += half[k];
+      squares[k] += half[k] * half[k];
+    }
+  }
+  double sum_of_deviations = 0.0, sum_of_squares = 0.0;
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < lanes / 2; ++i) sum_of_deviations += deviations[k][i], sum_of_squares += squares[k][i];
+  }
+  moments->merge(static_cast<double>(length), shift, sum_of_deviations, sum_of_squares);
+}
+
 // The squared deviations of samples, from their means, of cond and of the guided prediction.
 template <class T>
 inline void deviations_in(const SamplerStep& call, int64_t first_sample, int64_t last_sample) {
   constexpr int64_t run = 1024;
   float cond[run], both[run];
   const int64_t elements = call.images.elements();
+  const auto at_least_zero = [](double x) { return x < 0.0 ? 0.0 : x; };  // a NaN stays one
   for (int64_t sample = first_sample; sample < last_sample; ++sample) {
     Moments of_cond, of_both;
     float cond_shift = 0.0f, both_shift = 0.0f;  // the first number: of a sample that does not vary nothing is left
@@ -85,10 +110,11 @@ inline void deviations_in(const SamplerStep& call, int64_t first_sample, int64_t
         }
       });
       if (first == 0) cond_shift = cond[0], both_shift = both[0];
-      merge_run_around(cond_shift, cond, length, &of_cond);
-      merge_run_around(both_shift, both, length, &of_both);
+      merge_run_in_double(cond_shift, cond, length, &of_cond);
+      merge_run_in_double(both_shift, both, length, &of_both);
     }
-    call.deviations[2 * sample] = of_cond.squares(), call.deviations[2 * sample + 1] = of_both.squares();
+    call.deviations[2 * sample] = at_least_zero(of_cond.squares());
+    call.deviations[2 * sample + 1] = at_least_zero(of_both.squares());
   }
 }
 

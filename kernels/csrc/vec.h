@@ -30,10 +30,22 @@ typedef float Floats __attribute__((vector_size(16)));
 #endif
 typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
 typedef uint64_t Wide __attribute__((vector_size(4 * lanes)));
+typedef double Doubles __attribute__((vector_size(4 * lanes)));
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 inline Words as_words(Floats value) { return reinterpret_cast<Words>(value); }
 inline Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
+
+// The lower and the upper half of a vector.
+SODA_INLINE void widen_halves(Floats x, Doubles* low, Doubles* high) {
+#if defined(__AVX512F__)
+  *low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), *high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+#elif defined(__AVX2__)
+  *low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), *high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+#else
+  for (int i = 0; i < lanes / 2; ++i) (*low)[i] = x[i], (*high)[i] = x[lanes / 2 + i];
+#endif
+}
 
 // The value of a product as it is rounded: the compiler may not make it part of a fused operation.
 SODA_INLINE Floats rounded(Floats x) {

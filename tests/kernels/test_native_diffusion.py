@@ -263,6 +263,34 @@ def test_a_sample_that_does_not_vary_is_not_rescaled(isa: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, rescaled, strict=True))
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_an_outlier_that_comes_first_costs_no_digits_of_the_rescaling(isa: str, channels_last: bool) -> None:
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for shape, outlier in (((4, 3, 256, 256), 1e3), ((1, 3, 64, 70), -1e6)):
+        x = images(shape, layout, torch.float32, 4)
+        for guidance in x[1:3]:
+            guidance[:, 0, 0, 0] = outlier
+        arguments = step_arguments(x, "ddim", "x0", rescale=0.7)
+        check("sampler_step", arguments)
+        # Of each sample's own scale: of all elements but the first.
+        actual, stock, exact = (
+            op(*a)[1].flatten(1)[:, 1:]
+            for op, a in ((NATIVE.sampler_step, arguments), (REFERENCE.sampler_step, arguments),
+                          (REFERENCE.sampler_step, widened(arguments)))
+        )  # fmt: skip
+        assert_accurate_in_norm(actual, stock, exact)
+
+
+@pytest.mark.parametrize("exponent", [-84, 84])
+def test_the_rescaling_has_no_scale(isa: str, exponent: int) -> None:
+    """At 5e-26 and at 2e25, where a square is no fp32 number, the factors are those of the images at 1."""
+    x = images((2, 3, 40, 41), torch.contiguous_format, torch.float32, 4)
+    scaled = [t * 2.0**exponent for t in x]
+    _, plain = NATIVE.sampler_step(*step_arguments(x, "ddim", "x0", rescale=0.7))
+    _, actual = NATIVE.sampler_step(*step_arguments(scaled, "ddim", "x0", rescale=0.7))
+    assert torch.equal(actual, plain * 2.0**exponent)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_where_it_is(isa: str, value: float) -> None:
     x = images((2, 3, 9, 9), torch.contiguous_format, torch.float32, 4)
@@ -298,6 +326,25 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
                 torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_strata_that_the_kernels_do_not_take_go_to_the_reference() -> None:
+    (x0,) = images((3, 3, 4, 4), torch.contiguous_format, torch.float32, 1)
+    for first, total in ((-5, 7), (-(2**40), 7), (2**40, 7), (0, 2**33)):
+        arguments = (*key(3), 10, "stratified", first, total)
+        indices = REFERENCE.draw_step_index(*arguments)
+        assert torch.equal(NATIVE.draw_step_index(*arguments), indices)
+        noising = (*noising_arguments(x0, torch.float32, drawn=True)[:7], "stratified", first, total, torch.float32)
+        for actual, expected in zip(NATIVE.add_noise(*noising), REFERENCE.add_noise(*noising), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("stream", [-1, 256, 300])
+@pytest.mark.parametrize("name", ["philox_uniform", "philox_normal"])
+def test_a_stream_of_more_than_8_bits_goes_to_the_reference(name: str, stream: int) -> None:
+    arguments = (*key(3), 9, stream, torch.float32)
+    actual, expected = (getattr(ops, name)(*arguments) for ops in (NATIVE, REFERENCE))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_an_index_out_of_range_is_refused_in_words() -> None:
     x0, key_of = torch.zeros(2, 3, 4, 4), {"seed": 1, "sample_ids": [0, 1]}
     for index in ([0, 100], [-1, 0]):
@@ -318,6 +365,8 @@ def test_the_op_itself_refuses_what_would_be_read_out_of_bounds() -> None:
     noising, loss = noising_arguments(x[0], torch.float32), loss_arguments(x[0], x[1], "v", False)
     step = step_arguments(x, "dpmpp_2m", "eps", previous=True)
 
+    drawn = noising_arguments(x[0], torch.float32, drawn=True)
+
     def refuses(name: str, message: str, arguments: tuple[Any, ...], at: int, value: Any) -> None:
         with pytest.raises(RuntimeError, match=message):
             getattr(NATIVE, name)(*arguments[:at], value, *arguments[at + 1 :])
@@ -334,6 +383,34 @@ def test_the_op_itself_refuses_what_would_be_read_out_of_bounds() -> None:
     refuses("sampler_step", "method is euler", step, 8, "euler")
     refuses("sampler_step", "previous_x0 and previous_index", step, 15, None)
     refuses("draw_step_index", "num_strata", (*key(2), 10, "stratified", 0, 0), 4, "stratified")
+    refuses("draw_step_index", "sampling is foo", (*key(2), 10, "foo", 0, 1), 4, "foo")
+    refuses("add_noise", "sampling is foo", drawn, 7, "foo")
+    # The reference's errors, which reach the caller without their words.
+    for at, count in itertools.product((6, 7, 15), (0, 2)):
+        refuses("sampler_step", "API call failed", step, at, torch.zeros(count, dtype=torch.int64))
+    refuses("denoising_loss", "API call failed", (*loss, False), 5, torch.ones(10, 10))
+    refuses("denoising_loss_backward", "API call failed", (torch.ones(2), *loss), 6, torch.ones(10, 10))
+
+
+def test_what_lies_on_another_device_is_not_read() -> None:
+    """Where a caller sends such a call to the CPU's kernels; the dispatcher itself does not."""
+    x = images((2, 3, 4, 4), torch.contiguous_format, torch.float32, 4)
+    loss = (torch.ones(2), *loss_arguments(x[0], x[1], "v", True))
+    calls = {
+        "add_noise": (noising_arguments(x[0], torch.float32), (1, 2, 3)),
+        "add_noise_backward": ((x[0], torch.arange(2), SCHEDULE.alpha), (1, 2)),
+        "denoising_loss": ((*loss[1:], False), (2, 3, 4, 5)),
+        "denoising_loss_backward": (loss, (0, 3, 4, 5, 6)),
+        "scale_samples": ((x[0], torch.ones(2)), (1,)),
+        "sampler_step": (step_arguments(x, "dpmpp_2m", "eps", previous=True), (3, 4, 5, 6, 7, 15)),
+    }
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with _native.poisoned_results() as poisoned:
+        for name, (arguments, places) in calls.items():
+            for at in places:
+                moved = *arguments[:at], arguments[at].to("meta"), *arguments[at + 1 :]
+                getattr(NATIVE, name).default.redispatch(cpu, *moved)
+    assert not poisoned[0]
 
 
 def test_explain_tells_the_library() -> None:
