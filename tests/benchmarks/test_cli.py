@@ -191,7 +191,7 @@ def test_traffic_of_every_op_of_diffusion(call: Callable[..., Result], tmp_path:
     for row in rows:
         assert row.keys() >= TRAFFIC_KEYS
         assert row["bytes_dram"] >= row["bytes_floor"] and row["ratio"] == row["bytes_dram"] / row["bytes_floor"]
-        assert row["launches"] == (2 if (row["op"], row["mode"]) == ("denoising_loss", "fwd") else 1)
+        assert row["launches"] == 1  # a tile holds one of these samples
         assert f"{row['op']}, bf16\n" in result.out
 
 

@@ -128,7 +128,7 @@ def _philox_draw(
     if not isinstance(shape, tuple | list):
         raise TypeError(f"shape is a {type(shape).__name__}; it must be a sequence of ints")
     shape = tuple(shape)
-    if not all(isinstance(extent, int) and not isinstance(extent, bool) for extent in shape):
+    if not all(isinstance(extent, int | torch.SymInt) and not isinstance(extent, bool) for extent in shape):
         raise TypeError(f"shape is {shape}; its entries must be ints")
     if not shape or min(shape) < 0:
         raise ValueError(f"shape is {shape}; it must be the number of samples, then one sample's shape")
