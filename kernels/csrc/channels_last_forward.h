@@ -161,7 +161,7 @@ class ForwardSlab {
       const T* const asked = other.x_[which].row(soon);
       for_tiles<with_dropout>(norm_, sample_, first_, image, from, to, keep, [&](const Tile& tile) {
         const int64_t at = image.offset + tile.channel;
-        // Row by row. With four rows side by side, whose coefficients were then loaded once, it took 4 to 15% more.
+        // Row by row. With four rows side by side, whose coefficients were then loaded once, it took up to 15% more.
         for (int64_t row = tile.first; row < tile.last; ++row) {
           const T *const from_row = image.row(row) + tile.channel,
                   *const asked_row = asked + (row - from) * image.stride + tile.channel;

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from soda_kernels import modulated_group_norm
 from tests.kernels import compositions
@@ -126,3 +127,23 @@ def problem(
         leaves[name] = (leaf.contiguous(memory_format=LAYOUTS[layout]) if name in images else leaf).requires_grad_()
     factor = compositions.dropout_factor(shape, form.dropout_p, 5).to(device) if form.dropout_p else None
     return Problem(leaves, num_groups, form, factor)
+
+
+def call(case: Problem, op: Any, seed: Tensor | None = None) -> list[Tensor]:
+    """Forward and backward through one namespace's ops, all results in a row."""
+    leaves, form = {name: leaf.detach() for name, leaf in case.leaves.items()}, case.form
+    modulations = [leaves[f"{name}{i}"] for i in range(form.modulations) for name in ("scale", "shift")]
+    weight, bias, skip, residual = (leaves.get(name) for name in ("weight", "bias", "skip", "residual"))
+    options = form.scale_offset, form.activation == "silu", form.dropout_p, seed
+    outputs = op.modulated_group_norm(
+        leaves["x"], skip, residual, weight, bias, modulations, case.num_groups, options[0], 1e-5, *options[1:],
+        form.residual_scale,
+    )  # fmt: skip
+    y, summed, mean, rstd = outputs
+    torch.manual_seed(3)
+    dy, dsummed = torch.randn_like(y), torch.randn_like(summed) if form.residual else None
+    gradients = op.modulated_group_norm_backward(
+        dy, dsummed, summed if form.residual else leaves["x"], skip, weight, bias, modulations, mean, rstd, *options,
+        form.residual_scale,
+    )  # fmt: skip
+    return tree_leaves((outputs, gradients))

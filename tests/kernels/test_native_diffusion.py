@@ -6,7 +6,6 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,19 +104,6 @@ def check(name: str, arguments: tuple[Any, ...]) -> None:
             assert torch.equal(result, composed)
         elif result.numel():
             (assert_accurate if result.ndim > 1 else assert_accurate_in_norm)(result, composed, true, name)
-
-
-@pytest.fixture(params=_native.ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run with one instruction set, and with the best again afterwards."""
-    best = _native.native_status().isa
-    try:
-        _native.use_isa(request.param)
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    yield request.param
-    assert best is not None
-    _native.use_isa(best)
 
 
 # Numbers

@@ -196,11 +196,9 @@ class _DenoisingLoss(torch.autograd.Function):
 def saves_gradient(prediction: Tensor, x0: Tensor, target: str) -> bool:
     """Tell whether the forward writes the loss's gradient for the backward to scale, or the backward computes it again.
 
-    On a CPU it is written: drawing the noise again takes longer than its bytes (noising, loss and backward took 85% of
-    the time, the median of 40 shapes from 12 thousand to 3 million elements on two cores of an EPYC of the Zen 3
-    generation). On a GPU bytes decide, with p those of the prediction and x those of x0 where the target needs it: to
-    save moves 4p + x, to compute again 3p + 2x. fp16 is never saved, since 2 / M is below its normal numbers before a
-    loss scale comes.
+    On a CPU it is written: to draw the noise again takes longer than to move its bytes. On a GPU bytes decide, with p
+    those of the prediction and x those of x0 where the target needs it: to save moves 4p + x, to compute again 3p + 2x.
+    fp16 is never saved, since 2 / M is below its normal numbers before a loss scale comes.
     """
     if prediction.dtype == torch.float16:
         return False
