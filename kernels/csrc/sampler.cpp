@@ -130,7 +130,7 @@ bool takes_sampler_step(Stack stack) {
   return has_values(tensor_at(stack, 0)) && is_table(alpha) && is_table(tensor_at(stack, 4)) &&
          is_table(tensor_at(stack, 5)) && length_of(tensor_at(stack, 4)) == steps &&
          length_of(tensor_at(stack, 5)) == steps && is_index(tensor_at(stack, 6), 0, steps) &&
-         is_index(tensor_at(stack, 7), std::numeric_limits<int64_t>::min(), steps) &&
+         is_index(tensor_at(stack, 7), -1, steps) &&
          (!previous_index || is_index(previous_index, 0, steps));
 }
 

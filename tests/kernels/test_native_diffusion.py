@@ -342,8 +342,12 @@ def test_an_index_out_of_range_is_refused_in_words() -> None:
                 call(torch.tensor(index))
     with pytest.raises(ValueError, match="step_index holds values from 100"):
         sampler_step(x0, x0, None, SCHEDULE, torch.tensor(100), torch.tensor(3))
-    with pytest.raises(IndexError):
-        sampler_step(x0, x0, None, SCHEDULE, torch.tensor(99), torch.tensor(100))
+    for index in (-2, 100):
+        with pytest.raises(ValueError, match=f"next_index holds values from {index}"):
+            sampler_step(x0, x0, None, SCHEDULE, torch.tensor(99), torch.tensor(index))
+    with pytest.raises(ValueError, match="previous_index holds values from 100"):
+        sampler_step(x0, x0, None, SCHEDULE, torch.tensor(9), torch.tensor(3), method="dpmpp_2m", previous_x0=x0,
+                     previous_index=torch.tensor(100))  # fmt: skip
 
 
 def test_the_op_itself_refuses_what_would_be_read_out_of_bounds() -> None:

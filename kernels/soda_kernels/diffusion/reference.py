@@ -108,6 +108,7 @@ def sampler_step(
     wide = _widen(x_t)
     compute = wide.dtype
     alpha_t, sigma_t = (_look_up(table, step_index).to(compute) for table in (alpha, sigma))
+    _check_index(next_index, alpha, "next_index", -1)
     clean = next_index < 0
     inside = next_index.clamp(min=0)
     alpha_s = torch.where(clean, 1.0, torch.take(alpha, inside).to(compute))
@@ -167,6 +168,7 @@ def _dpmpp_2m(
     extrapolated = x0
     if previous_x0 is not None:
         assert previous_index is not None
+        _check_index(previous_index, half_logsnr, "previous_index")
         h_previous = torch.take(half_logsnr, step_index) - torch.take(half_logsnr, previous_index)
         # A clamped table can hold one noise level twice; a step between equals says nothing of the slope.
         weight = torch.where(clean | (h_previous == 0), 0.0, h / (2 * h_previous))
@@ -220,12 +222,12 @@ def _look_up(table: Tensor, step_index: Tensor) -> Tensor:
     return torch.take(table, step_index)
 
 
-def _check_index(step_index: Tensor, table: Tensor) -> None:
+def _check_index(index: Tensor, table: Tensor, name: str = "step_index", least: int = 0) -> None:
     """On a CPU, where reading values costs nothing, let indices raise that are out of the table's range."""
-    if step_index.device.type == "cpu" and step_index.numel():
-        low, high = int(step_index.min()), int(step_index.max())
-        if low < 0 or high >= len(table):
-            raise ValueError(f"step_index holds values from {low} to {high}; it must be in [0, {len(table) - 1}]")
+    if index.device.type == "cpu" and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < least or high >= len(table):
+            raise ValueError(f"{name} holds values from {low} to {high}; it must be in [{least}, {len(table) - 1}]")
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
