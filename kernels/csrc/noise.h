@@ -39,15 +39,21 @@ inline const float* draw_run(const Philox& philox, int64_t first, int64_t count,
   const Words order = block_order();
   const int64_t vectors = (first % 4 + count + 4 * lanes - 1) / (4 * lanes);
   uint32_t block = static_cast<uint32_t>(first / 4);
+  const int64_t pairs_end = vectors / 2 * 2;
   // Words first, then their normals: each of the two has work enough for the processor to do side by side.
-  for (int64_t i = 0; i < vectors; ++i, block += lanes) {
+  for (int64_t i = 0; i < pairs_end; i += 2, block += 2 * lanes) {
+    const Words blocks[2] = {order + block, order + block + lanes};
+    Words words[8];
+    philox(blocks, words);
+    for (int k = 0; k < 8; ++k) store(room + (4 * i + k) * lanes, as_floats(words[k]));
+  }
+  if (pairs_end < vectors) {
     Words words[4];
     philox(order + block, words);
-    for (int k = 0; k < 4; ++k) store(room + (4 * i + k) * lanes, as_floats(words[k]));
+    for (int k = 0; k < 4; ++k) store(room + (4 * pairs_end + k) * lanes, as_floats(words[k]));
   }
-  int64_t i = 0;
-  for (; i + 2 <= vectors; i += 2) to_normals<2>(room + 4 * i * lanes);
-  if (i < vectors) to_normals<1>(room + 4 * i * lanes);
+  for (int64_t i = 0; i < pairs_end; i += 2) to_normals<2>(room + 4 * i * lanes);
+  if (pairs_end < vectors) to_normals<1>(room + 4 * pairs_end * lanes);
   return room + first % 4;
 }
 
