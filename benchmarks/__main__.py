@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from benchmarks.commands import compare, run, traffic, tune
+from benchmarks.commands import compare, readme, report, run, traffic, tune
 from benchmarks.commands.arguments import Parser
 
 DESCRIPTION = "Measure the kernels: what they move, what they compile to, how long they take."
-COMMANDS = (traffic, run, compare, tune)
+COMMANDS = (traffic, run, report, compare, tune, readme)
 """In the order of `--help`."""
 
 

@@ -66,12 +66,10 @@ def means_table(gains: Sequence[SpeedUp]) -> Table:
     rivals = list(dict.fromkeys(gain.rival["provider"] for gain in gains))
     groups: dict[tuple[str, ...], list[SpeedUp]] = {}
     for gain in gains:
-        groups.setdefault(_group_name(gain.own), []).append(gain)
-    several = [len({name[index] for name in groups}) > 1 for index in range(4)]
+        groups.setdefault((*_kind_of(gain.own), gain.own["mode"]), []).append(gain)
     lines = []
-    for name, group in groups.items():
-        shown = [part for part, varies in zip(name, several, strict=True) if varies] or [name[0]]
-        line = [Cell(", ".join(shown)), Cell(str(len({gain.own["case"]["id"] for gain in group})))]
+    for name, group in zip(_what_varies(list(groups)), groups.values(), strict=True):
+        line = [Cell(name or group[0].own["op"]), Cell(str(len({gain.own["case"]["id"] for gain in group})))]
         for rival in rivals:
             ratios = [gain.ratio for gain in group if gain.rival["provider"] == rival]
             line += _mean_cells(ratios)
@@ -81,9 +79,17 @@ def means_table(gains: Sequence[SpeedUp]) -> Table:
     return Table(header=["what", "cases", *columns, "slower", "noise"], rows=lines)
 
 
-def _group_name(row: Row) -> tuple[str, ...]:
+def _kind_of(row: Row) -> tuple[str, ...]:
     case = row["case"]
-    return row["op"], case.get("layout") or "", row["mode"], row["timer"]
+    return row["op"], case.get("dtype") or "", case.get("layout") or "", row["timer"]
+
+
+def _what_varies(names: Sequence[tuple[str, ...]]) -> list[str]:
+    """Write names without the parts that are the same in all of them."""
+    several = [len(set(parts)) > 1 for parts in zip(*names, strict=True)]
+    return [
+        ", ".join(part for part, varies in zip(name, several, strict=True) if varies and part) for name in names
+    ]  # fmt: skip
 
 
 def _mean_cells(ratios: Sequence[float]) -> list[Cell]:
@@ -100,16 +106,23 @@ def case_table(rows: Sequence[Row], gains: Sequence[SpeedUp]) -> Table:
     """Tell of each case and mode the times, speed-ups, noise and memory.
 
     Args:
-        rows: of one op, layout, dtype and timer.
+        rows: of one op, layout, dtype and timer, or of several, which are then named.
         gains: of those rows.
     """
     rows, own, rivals = newest_rows(rows), own_provider(rows), rivals_of(rows)
     times = [row["stats"]["p50"] for row in rows if row["stats"]["p50"]]
     unit, scale = ("ms", 1e3) if times and statistics.median(times) > _LONG_US else ("us", 1.0)
+    places: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        places.setdefault((*_kind_of(row), row["case"]["id"], row["mode"]), {})[row["provider"]] = row
     lines = []
-    for case_id, mode in dict.fromkeys((row["case"]["id"], row["mode"]) for row in rows):
-        found = {row["provider"]: row for row in rows if (row["case"]["id"], row["mode"]) == (case_id, mode)}
-        line = [Cell(case_id), Cell(mode), *(_time_cell(found.get(name), scale) for name in (own, *rivals))]
+    kinds = _what_varies([place[:-2] for place in places])
+    for kind, (*_, case_id, mode), found in zip(kinds, places, places.values(), strict=True):
+        line = [
+            Cell(", ".join(filter(None, (kind, case_id)))),
+            Cell(mode),
+            *(_time_cell(found.get(name), scale) for name in (own, *rivals)),
+        ]
         for rival in rivals:
             here = (gain for gain in gains if gain.rival is found.get(rival))
             line.append(_gain_cell(next(here, None)))
@@ -138,9 +151,10 @@ def _memory_cell(row: Row | None) -> Cell:
 
 
 def name_of(row: Row) -> str:
-    """Name what a row is of in words, but for its provider."""
-    case = row["case"]
-    return " ".join(filter(None, (row["op"], case["id"], case.get("layout"), row["mode"], row["timer"])))
+    """Name what a row is of in words, but for its provider; the wall clock is not named."""
+    case, timer = row["case"], row["timer"]
+    parts = row["op"], case["id"], case.get("layout"), row["mode"], None if timer == "wall" else timer
+    return " ".join(filter(None, parts))
 
 
 def losses_of(gains: Iterable[SpeedUp]) -> list[str]:
@@ -162,8 +176,10 @@ def not_timed(rows: Sequence[Row]) -> list[str]:
     lines = []
     for (provider, status, reason), count in counts.items():
         total = sum(row["provider"] == provider for row in rows)
-        where = [name_of(row) for row in rows if (row["provider"], row["status"], row["reason"])
-                 == (provider, status, reason)]  # fmt: skip
-        places = "all of its rows" if count == total else "; ".join(where)
-        lines.append(f"{provider}, {status} in {count} of {total} rows: {reason or 'no reason given'} ({places})")
+        line = f"{provider}, {status} in {count} of {total} rows: {reason or 'no reason given'}"
+        if count < total:
+            these = (provider, status, reason)
+            where = (name_of(row) for row in rows if (row["provider"], row["status"], row["reason"]) == these)
+            line += f" ({'; '.join(where)})"
+        lines.append(line)
     return lines

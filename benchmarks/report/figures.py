@@ -6,16 +6,18 @@ that its letters are never scaled down. Colours are names of the page's CSS vari
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 WIDTH_PX = 360
 _PX_AN_INCH = 72  # an SVG of matplotlib has 72 units an inch
@@ -37,37 +39,48 @@ _STYLE = {
 }  # fmt: skip
 
 
-@contextmanager
-def drawing(name: str, height_px: float) -> Iterator[tuple[Axes, list[str]]]:
-    """Give axes to draw on, and a list that holds the finished SVG after the block.
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A drawing with what stands above it; its title is told from the others' of a page by."""
 
-    Args:
-        name: told from other drawings of a page by; it goes into the ids within the SVG.
-    """
-    done: list[str] = []
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    title: str
+    svg: str
+
+
+@contextmanager
+def drawing(title: str, height_px: float) -> Iterator[tuple[Axes, list[Picture]]]:
+    """Give axes to draw on, and a list that holds the finished picture after the block."""
+    done: list[Picture] = []
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
         size = (WIDTH_PX / _PX_AN_INCH, height_px / _PX_AN_INCH)
         figure = Figure(figsize=size, layout="constrained")
         yield figure.subplots(), done
         FigureCanvasSVG(figure)
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    done.append(_for_page(written.getvalue(), name))
+    done.append(Picture(title=title, svg=_for_page(written.getvalue(), title)))
 
 
-def _for_page(svg: str, name: str) -> str:
+def _for_page(svg: str, title: str) -> str:
     """Return an SVG as a part of a page: its colours the page's, its ids its own, without what XML files start with."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for variable, colour in _STANDING.items():
         svg = svg.replace(colour, f"var(--{variable})")
-    prefix = re.sub(r"\W+", "-", name)
+    prefix = re.sub(r"\W+", "-", title)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'((?:xlink:)?href="#|url\(#)', rf"\g<1>{prefix}-", svg)
-    label = name.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(title)}" ', 1)
 
 
-def legend_below(axes: Axes, columns: int = 2, **options: Any) -> None:
-    """Put the legend under the axes, where it covers nothing."""
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=columns, **options)
+def legend_below(axes: Axes, colours: Mapping[str, str] | None = None) -> None:
+    """Put the legend under the axes, where it covers nothing.
+
+    Args:
+        colours: of patches by what they mean; what is drawn with a label if not given.
+    """
+    handles, labels = axes.get_legend_handles_labels()
+    if colours is not None:
+        handles, labels = [Patch(color=colour) for colour in colours.values()], list(colours)
+    columns = 3 if max(map(len, labels)) < 10 else 2
+    axes.figure.legend(handles, labels, loc="outside lower left", ncols=columns)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from benchmarks.report.figures import INK, LOSS, MARKERS, NOISE, SERIES, drawing, legend_below
+from benchmarks.report.figures import INK, LOSS, MARKERS, NOISE, SERIES, Picture, drawing, legend_below
 from benchmarks.result_files import Row
 from benchmarks.speed_ups import SpeedUp
 
@@ -16,7 +16,7 @@ _LINE_PX = 17
 """Of one bar, or of one line of text above bars."""
 
 
-def speed_up_bars(title: str, gains: Sequence[SpeedUp]) -> str:
+def speed_up_bars(title: str, gains: Sequence[SpeedUp]) -> Picture:
     """Draw a group of bars for each case, a bar for each rival, from 1x; whiskers reach to the 20% and 80% quantiles.
 
     Noise is grey and losses have a colour of their own; both are said beside the bar.
@@ -31,26 +31,23 @@ def speed_up_bars(title: str, gains: Sequence[SpeedUp]) -> str:
         least = min(min(gain.low for gain in gains), 1.0)
         for case_id, group in by_case.items():
             axes.text(0.0, y, case_id, transform=axes.get_yaxis_transform(), va="center", fontsize=9)
+            axes.plot([1, 1], [y + 0.5, y + len(group) + 0.5], color=INK, linewidth=1, zorder=3)
             for gain in group:
                 y += 1
-                _draw_bar(axes, y, gain, SERIES[rivals.index(gain.rival["provider"])])
+                _draw_bar(axes, y, gain, SERIES[rivals.index(gain.rival["provider"]) % len(SERIES)])
             y += 1.5
         axes.set_ylim(y - 0.6, -0.8)
         most = max(max(gain.high for gain in gains), 1.1)
         axes.set_xscale("log")
         axes.set_xlim(least / 1.15, most * (most / least) ** 0.32)  # room for what stands beside the longest bar
         _plain_log_ticks(axes, "x")
-        axes.axvline(1.0, color=INK, linewidth=1)
         axes.yaxis.set_visible(False)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("times as long as ours takes (log)")
-        for rival in rivals:
-            axes.barh([], [], color=SERIES[rivals.index(rival)], label=f"over {rival}")
-        if any(gain.is_loss for gain in gains):
-            axes.barh([], [], color=LOSS, label="slower than it")
-        if any(gain.is_noise for gain in gains):
-            axes.barh([], [], color=NOISE, label="noise (within A/A)")
-        legend_below(axes)
+        colours = {f"over {rival}": SERIES[index % len(SERIES)] for index, rival in enumerate(rivals)}
+        colours |= {"slower than it": LOSS} if any(gain.is_loss for gain in gains) else {}
+        colours |= {"noise (within A/A)": NOISE} if any(gain.is_noise for gain in gains) else {}
+        legend_below(axes, colours)
     return done[0]
 
 
@@ -64,7 +61,7 @@ def _draw_bar(axes: Axes, y: float, gain: SpeedUp, colour: str) -> None:
     axes.annotate(said, (max(gain.high, 1.0), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 
-def roofline(title: str, rows: Sequence[Row]) -> str | None:
+def roofline(title: str, rows: Sequence[Row]) -> Picture | None:
     """Draw achieved FLOP/s against intensity under the ceilings measured beside; None where nothing can be drawn.
 
     Args:
@@ -89,22 +86,22 @@ def roofline(title: str, rows: Sequence[Row]) -> str | None:
                 (row["flops"] / row["bytes_min"], row["flops"] / row["stats"]["p50"] / 1e3)
                 for row in timed if row["provider"] == provider
             ]  # fmt: skip
-            axes.scatter(*zip(*points, strict=True), s=14, alpha=0.7, linewidths=0, label=provider,
+            axes.scatter(*zip(*points, strict=True), s=20, alpha=0.75, linewidths=0, label=provider,
                          color=SERIES[index % len(SERIES)], marker=MARKERS[index % len(MARKERS)])  # fmt: skip
         ridge = 1e3 * product / copy
         axes.plot([left, ridge, right], [copy * left, 1e3 * product, 1e3 * product], color=INK, linewidth=1.2)
         axes.set(xscale="log", yscale="log", xlim=(left, right))
         axes.set_ylim(top=1e3 * product * 4)
-        axes.annotate(f"matmul {product:.3g} TFLOP/s, copy {copy:.3g} GB/s", (right, 1e3 * product), xytext=(0, 4),
+        axes.annotate(f"matmul {product:,.4g} TFLOP/s, copy {copy:,.0f} GB/s", (right, 1e3 * product), xytext=(0, 4),
                       textcoords="offset points", ha="right", fontsize=8.5)  # fmt: skip
         axes.set_xlabel("FLOPs a byte that must move")
         axes.set_ylabel("GFLOP/s achieved")
         axes.grid(linewidth=0.6)
-        legend_below(axes, columns=3)
+        legend_below(axes)
     return done[0]
 
 
-def size_sweep(title: str, gains: Sequence[SpeedUp]) -> str | None:
+def size_sweep(title: str, gains: Sequence[SpeedUp]) -> Picture | None:
     """Draw speed-ups against the bytes that must move, a series a mode and rival; None of fewer than three sizes."""
     known = [gain for gain in gains if gain.own["bytes_min"]]
     if len({gain.own["bytes_min"] for gain in known}) < 3:
@@ -131,7 +128,7 @@ def size_sweep(title: str, gains: Sequence[SpeedUp]) -> str | None:
     return done[0]
 
 
-def memory_bars(title: str, rows: Sequence[Row], kind: str) -> str | None:
+def memory_bars(title: str, rows: Sequence[Row], kind: str) -> Picture | None:
     """Draw MiB by case and provider; None where no row has them.
 
     Args:
@@ -152,7 +149,8 @@ def memory_bars(title: str, rows: Sequence[Row], kind: str) -> str | None:
             for provider, mib in group.items():
                 y += 1
                 axes.barh(y, mib, height=0.78, color=SERIES[providers.index(provider) % len(SERIES)])
-                axes.annotate(f"{mib:,.4g}", (mib, y), xytext=(4, 0), textcoords="offset points", va="center",
+                said = f"{mib:,.1f}" if mib < 100 else f"{mib:,.0f}"
+                axes.annotate(said, (mib, y), xytext=(4, 0), textcoords="offset points", va="center",
                               fontsize=8.5)  # fmt: skip
             y += 1.5
         axes.set_ylim(y - 0.6, -0.8)
@@ -160,13 +158,12 @@ def memory_bars(title: str, rows: Sequence[Row], kind: str) -> str | None:
         axes.yaxis.set_visible(False)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("MiB")
-        for index, provider in enumerate(providers):
-            axes.barh([], [], color=SERIES[index % len(SERIES)], label=provider)
-        legend_below(axes, columns=3)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        legend_below(axes, {name: SERIES[index % len(SERIES)] for index, name in enumerate(providers)})
     return done[0]
 
 
-def loss_overlay(title: str, curves: Mapping[str, Sequence[float | None]]) -> str:
+def loss_overlay(title: str, curves: Mapping[str, Sequence[float | None]]) -> Picture:
     """Draw losses against the step, one curve over another: the widest below, the last one dashed above.
 
     Args:
@@ -180,7 +177,7 @@ def loss_overlay(title: str, curves: Mapping[str, Sequence[float | None]]) -> st
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.grid(linewidth=0.6)
-        legend_below(axes, columns=3)
+        legend_below(axes)
     return done[0]
 
 

@@ -16,6 +16,7 @@ from benchmarks.report.contents import (
     noise_sentence,
     not_timed,
 )  # fmt: skip
+from benchmarks.report.figures import Picture
 from benchmarks.result_files import ResultFile, Row, newest_rows
 from benchmarks.speed_ups import SpeedUp, own_provider, speed_ups
 
@@ -29,7 +30,7 @@ class Part:
 
     title: str
     table: Table
-    pictures: list[str]
+    pictures: list[Picture]
 
 
 @dataclass(kw_only=True)
@@ -43,7 +44,7 @@ class Section:
     means: Table | None = None
     losses: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
 
 
@@ -62,10 +63,10 @@ def section_of(file: ResultFile) -> Section:
     for group in groups:
         part_rows = [row for row in timed if _group(row) == group]
         part_gains = [gain for gain in gains if _group(gain.own) == group]
-        section.parts.append(_part(f"{file.path.name} ", group, part_rows, part_gains))
+        section.parts.append(_part(group, part_rows, part_gains))
     section.pictures = [
         picture for picture in (
-            pictures.roofline(f"{file.path.name} roofline", timed), *_loss_pictures(file.path.name, rows)
+            pictures.roofline(f"{title}: roofline", timed), *_loss_pictures(title, rows)
         ) if picture
     ]  # fmt: skip
     return section
@@ -76,25 +77,25 @@ def _group(row: Row) -> tuple[str, ...]:
     return tuple(str(part) for part in (row["op"], case.get("dtype"), case.get("layout"), row["timer"]) if part)
 
 
-def _part(prefix: str, group: tuple[str, ...], rows: Sequence[Row], gains: Sequence[SpeedUp]) -> Part:
+def _part(group: tuple[str, ...], rows: Sequence[Row], gains: Sequence[SpeedUp]) -> Part:
     title = ", ".join(group)
-    drawn: list[str | None] = []
+    drawn: list[Picture | None] = []
     for mode in dict.fromkeys(gain.own["mode"] for gain in gains):
         of_mode = [gain for gain in gains if gain.own["mode"] == mode]
-        drawn.append(pictures.speed_up_bars(f"{prefix}{title}, {mode}: speed-ups", of_mode))
-    drawn.append(pictures.size_sweep(f"{prefix}{title}: speed-ups by size", gains))
+        drawn.append(pictures.speed_up_bars(f"{title}, {mode}: speed-ups", of_mode))
+    drawn.append(pictures.size_sweep(f"{title}: speed-ups by size", gains))
     for kind, name in (("peak_mib", "peak memory"), ("saved_for_backward_mib", "saved for backward")):
         kept = [row for row in rows if row["provider"] in (own_provider(rows), BASELINE) or kind == "peak_mib"]
         for mode in dict.fromkeys(row["mode"] for row in kept):
             of_mode = [row for row in kept if row["mode"] == mode]
-            drawn.append(pictures.memory_bars(f"{prefix}{title}, {mode}: {name}", of_mode, kind))
+            drawn.append(pictures.memory_bars(f"{title}, {mode}: {name}", of_mode, kind))
     return Part(title=title, table=case_table(rows, gains), pictures=[picture for picture in drawn if picture])
 
 
-def _loss_pictures(prefix: str, rows: Sequence[Row]) -> list[str]:
+def _loss_pictures(prefix: str, rows: Sequence[Row]) -> list[Picture]:
     """Lay the losses of one case's providers over one another."""
     by_case: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
         if row["op"] == LOSS_CURVE and row["status"] == "ok":
             by_case.setdefault(row["case"]["id"], {})[row["provider"]] = row["losses"]
-    return [pictures.loss_overlay(f"{prefix} {case_id}: losses", curves) for case_id, curves in by_case.items()]
+    return [pictures.loss_overlay(f"{prefix}, {case_id}: losses", curves) for case_id, curves in by_case.items()]
