@@ -8,12 +8,15 @@ three agree on, the smallest of them; where they disagree in sign there is none.
 The threshold is the data's own (all in logarithms of times), the largest of
 
 - the A/A spreads of the two rows: how far two timings of one thing lay apart;
-- the half-widths between the 20% and 80% quantiles of the row's ratio to the baseline, as a root mean square of both;
+- 1.5 times half the width between the 20% and 80% quantiles of the row's ratio to the baseline, as a root mean square
+  of both sets;
 - three standard errors of the difference of the two medians, from those widths and the numbers of rounds;
-- the median, over all rows, of the two before, lest a row look calm by luck.
+- the median, over all rows, of the two before, lest a row look calm by luck;
+- the scatter of all rows' changes about their median (from the absolute deviations), since processes differ
+  where rounds of one do not.
 
-On two cores of an AMD EPYC the medians of ratios of one code in two processes lay 0.4 half-widths apart (standard
-deviation), whatever the row: rounds of one run are not independent, so that their number alone promises too much.
+Rounds of one run are not independent: on two cores of an AMD EPYC the medians of one code's ratios scattered over
+processes by 0.4 to 0.9 half-widths, with 40 to 390 rounds in each, so that their number alone promises too much.
 `python -m benchmarks.trials` measures how often all this is right.
 """
 
@@ -29,6 +32,7 @@ from benchmarks.providers import BASELINE
 from benchmarks.result_files import ResultFile, Row, newest_rows, row_key
 from benchmarks.speed_ups import place_of
 
+_WIDTHS = 1.5
 _STANDARD_ERRORS = 3.0
 _MEDIAN_ERROR = 1.2533 / 0.8416
 """Standard error of a normal sample's median, times the root of its size, over half its 20/80 width."""
@@ -77,7 +81,7 @@ class Comparison:
 
     changes: list[Change]
     drift: float
-    """By which the baseline's times changed beyond the scatter of its own rows, a logarithm; taken out of `time`."""
+    """By which the baseline's medians surely changed, a logarithm; it is taken out of `time`, as that of `least` is."""
     broken: list[Row]
     """Rows that were timed before, and are now invalid or failed."""
     unjudged: list[Row]
@@ -97,6 +101,11 @@ class Comparison:
     def faster(self) -> list[Change]:
         """The improvements, the largest first."""
         return sorted((change for change in self.changes if change.is_faster), key=lambda change: change.agreed)
+
+    @property
+    def usual_threshold(self) -> float | None:
+        """The median row's: these sets do not show smaller changes."""
+        return statistics.median(change.threshold for change in self.changes) if self.changes else None
 
     @property
     def is_regression(self) -> bool:
@@ -123,12 +132,16 @@ def compare(before: Sequence[ResultFile], after: Sequence[ResultFile]) -> Compar
     others_baseline = len(versions) > 1
     judged = [key for key in timed if _is_judged(first[key], first)]
     enough = [key for key in judged if min(rows[key]["stats"]["n"] for rows in (first, second)) >= FEWEST_ROUNDS]
-    drift = 0.0 if others_baseline else _drift([(first[key], second[key]) for key in timed])
+    yardsticks = [] if others_baseline else [(first[key], second[key]) for key in timed]
+    drift, drift_of_least = (_drift(yardsticks, statistic) for statistic in ("p50", "min"))
     measured = [_Measured.of(first, second, key, use_baseline=not others_baseline) for key in enough]
-    calm = statistics.median(each.noise for each in measured) if measured else 0.0
+    least_noise = 0.0
+    if measured:
+        said = [_log_ratio(each.before, each.after) if each.relative is None else each.relative for each in measured]
+        least_noise = max(statistics.median(each.noise for each in measured), _scatter(said))
     known = {*timed, *(_key(row) for row in broken)}
     return Comparison(
-        changes=[each.change(calm, drift) for each in measured], drift=drift, broken=broken,
+        changes=[each.change(least_noise, drift, drift_of_least) for each in measured], drift=drift, broken=broken,
         unjudged=[second[key] for key in judged if key not in enough],
         gone=[row for key, row in first.items() if row["stats"]["p50"] and key not in known],
         added=[row for key, row in second.items() if row["stats"]["p50"] and key not in known],
@@ -158,14 +171,14 @@ class _Measured:
         return _Measured(
             before=pair[0], after=pair[1], relative=relative,
             spread=max(math.log1p(row["stats"]["aa_spread"] or 0.0) for row in pair),
-            noise=max(math.hypot(*widths) / math.sqrt(2), _STANDARD_ERRORS * math.hypot(*errors)),
+            noise=max(_WIDTHS * math.hypot(*widths) / math.sqrt(2), _STANDARD_ERRORS * math.hypot(*errors)),
         )  # fmt: skip
 
-    def change(self, calm: float, drift: float) -> Change:
+    def change(self, least_noise: float, drift: float, drift_of_least: float) -> Change:
         return Change(
             before=self.before, after=self.after, time=_log_ratio(self.before, self.after) - drift,
-            least=_log_ratio(self.before, self.after, "min") - drift, relative=self.relative,
-            threshold=max(self.spread, self.noise, calm),
+            least=_log_ratio(self.before, self.after, "min") - drift_of_least, relative=self.relative,
+            threshold=max(self.spread, self.noise, least_noise),
         )  # fmt: skip
 
 
@@ -215,11 +228,17 @@ def _half_width(row: Row, baseline: Row | None) -> float:
     return math.hypot(*widths)
 
 
-def _drift(pairs: Sequence[tuple[Row, Row]]) -> float:
-    """Return by how much the baseline changed beyond the scatter of its rows, as the logarithm of a factor."""
-    changes = [_log_ratio(*pair) for pair in pairs if pair[0]["provider"] == BASELINE]
+def _drift(pairs: Sequence[tuple[Row, Row]], statistic: str) -> float:
+    """Return by how much the baseline surely changed, by the scatter of its rows, as the logarithm of a factor."""
+    changes = [_log_ratio(*pair, statistic) for pair in pairs if pair[0]["provider"] == BASELINE]
     if len(changes) < _FEWEST_YARDSTICKS:
         return 0.0
     middle = statistics.median(changes)
-    scatter = 1.4826 * statistics.median(abs(change - middle) for change in changes)  # of a normal, its deviation
-    return math.copysign(max(0.0, abs(middle) - scatter), middle)
+    error = _scatter(changes) / math.sqrt(len(changes))
+    return math.copysign(max(0.0, abs(middle) - error), middle)
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """Return a normal's standard deviation from the median of the absolute deviations, which few outliers move."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)

@@ -46,6 +46,8 @@ def describe(found: Comparison, *, everything: bool = False) -> str:
     parts = [
         f"{len(found.changes)} rows compared: {len(found.slower)} slower, {len(found.faster)} faster, {noise} noise"
     ]
+    if found.usual_threshold is not None:
+        parts[0] += f"; below {math.expm1(found.usual_threshold):.1%} all is noise in the median row"
     if found.others_baseline:
         parts[0] += "; the versions of PyTorch differ, so that times are compared without the baseline's"
     elif found.drift:
