@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def new_row(**known: Any) -> dict[str, Any]:
         "schema": SCHEMA, "suite": None, "op": None, "case": None, "provider": None, "variant": None, "mode": None,
         "timer": None, "unit": "us",
         "stats": dict.fromkeys(("p50", "p20", "p80", "min", "n", "aa_spread")),
-        "bytes_min": None, "flops": None, "pct_ceiling": None, "bound": None,
+        "paired": None, "bytes_min": None, "flops": None, "pct_ceiling": None, "bound": None,
         "memory": dict.fromkeys(("peak_mib", "saved_for_backward_mib")),
         "launches": None,
         "check": dict.fromkeys(("rel_l2", "ratio_to_torch", "worst", "pass", "bitwise_rerun")),
@@ -82,6 +83,18 @@ def new_row(**known: Any) -> dict[str, Any]:
     if unknown:
         raise KeyError(f"not in the schema of a row: {sorted(unknown)}")
     return row | known
+
+
+def loss_curve_row(losses: Sequence[float], **known: Any) -> dict[str, Any]:
+    """Return a row of losses instead of times: `report` lays those of one case's providers over one another.
+
+    Args:
+        losses: one a step, from the first.
+        known: as of `new_row`: suite, case, provider and env at least.
+    """
+    return new_row(op="loss_curve", mode="train", timer="step", unit="loss", status="ok", **known) | {
+        "losses": list(losses)
+    }
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
