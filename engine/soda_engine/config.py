@@ -224,6 +224,8 @@ class TrainConfig:
     """Steps in a row with a NaN or infinite loss after which the run stops; such steps are skipped and counted."""
     tensorboard: bool = True
     """Also log to TensorBoard."""
+    profile: bool = False
+    """Name phases and kernel calls as NVTX ranges, and trace steps 6 to 10 of this call into OUT/profile."""
     dry_run: bool = False
     """Print the resolved settings and the model's size, and stop."""
     model: SodaConfig = field(default_factory=SodaConfig)
