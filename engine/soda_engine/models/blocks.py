@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soda_engine.models.recomputation import convolved_doubled, doubled, halved
 from soda_engine.models.residual import Image, ResidualSum, formed, normalized
 from soda_kernels import ModulatedGroupNorm, attention, attention_qkvpacked
 
@@ -98,7 +99,11 @@ class ResidualBlock(nn.Module):
         Returns:
             [N, out_channels, H', W'].
         """
-        h = self.conv1(self._resampled(normalized(self.norm1, x)))
+        h = normalized(self.norm1, x)
+        if self.resample == "up":
+            h = convolved_doubled(self.conv1, h)
+        else:
+            h = self.conv1(h if self.resample is None else halved(h, None if isinstance(x, tuple) else formed(x)))
         key = None if seed is None else seed + self.dropout_key
         h = self.norm2(h, self.time_proj(time).chunk(2, dim=1), self.z_proj(section).chunk(2, dim=1), seed=key)
         return ResidualSum(self.conv2(h), self._shortcut(x), self.residual_scale)
@@ -115,8 +120,8 @@ class ResidualBlock(nn.Module):
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+            return halved(x)
+        return doubled(x) if self.resample == "up" else x
 
 
 class ConvResample(nn.Module):
@@ -132,7 +137,7 @@ class ConvResample(nn.Module):
     def forward(self, x: Image, condition: object = None) -> Tensor:
         """[N, C, H, W] -> [N, C, H', W']; the condition, which other layers take, plays no part."""
         x = formed(x)
-        return self.conv(x if self.resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x) if self.resample == "down" else convolved_doubled(self.conv, x)
 
 
 class AttentionBlock(nn.Module):
