@@ -220,6 +220,9 @@ class TrainConfig:
     """Keep images and features channels-last in memory."""
     kernels: Literal["auto", "reference"] = "auto"
     """auto: the fastest kernel for the device; reference: plain PyTorch. They differ in speed alone."""
+    checkpoint_activations: Literal["none", "norms", "blocks"] = "none"
+    """What the denoiser's backward computes again instead of keeping it: norms' results, or all but the inputs of
+    blocks. Less memory, more time, the same results to the bit."""
     max_bad_steps: int = 5
     """Steps in a row with a NaN or infinite loss after which the run stops; such steps are skipped and counted."""
     tensorboard: bool = True

@@ -1,28 +1,40 @@
-"""Activations that are not kept for the backward, because it can have them cheaply: resampled images.
+"""Activations that are not kept for the backward, because it can have them again.
 
-Autograd keeps what a layer's derivative reads, and does not know that some of it is a copy of something smaller.
+Autograd keeps what a layer's derivative reads, and does not know that some of it is a copy of something smaller, or one
+pass away from something that is kept anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from soda_kernels import ModulatedGroupNorm
 
-def halved(x: Tensor, kept_anyway: Tensor | None = None) -> Tensor:
-    """Average 2x2 pixels, [N, C, H, W] -> [N, C, H / 2, W / 2].
+Recompute = Literal["resampled", "norms", "nothing"]
+"""What a block's backward computes again: resampled images, which costs next to nothing; also what its norms returned,
+a pass each; nothing, where a checkpoint around the block does it all."""
+
+
+def halved(x: Tensor) -> Tensor:
+    """Average 2x2 pixels, [N, C, H, W] -> [N, C, H / 2, W / 2]."""
+    return F.avg_pool2d(x, 2)
+
+
+def halved_keeping(kept_anyway: Tensor, x: Tensor) -> Tensor:
+    """Return halved(x), which keeps another tensor instead of x: PyTorch's backward reads nothing of it but its shape.
 
     Args:
-        kept_anyway: of x's shape, dtype and layout, and kept by another layer: it is kept instead of x, since PyTorch's
-            backward takes the pooled image and reads nothing but its shape.
+        kept_anyway: by another layer. Where its dtype or layout is another than x's, x is kept.
     """
-    if kept_anyway is None or kept_anyway.dtype != x.dtype or kept_anyway.stride() != x.stride():
-        return F.avg_pool2d(x, 2)
+    if kept_anyway.dtype != x.dtype or kept_anyway.stride() != x.stride():
+        return halved(x)
     shape_of = kept_anyway.detach()
-    return calling(lambda image: F.avg_pool2d(image, 2), x, lambda: shape_of)
+    return calling(halved, x, lambda: shape_of)
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -30,10 +42,14 @@ def doubled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def convolved_doubled(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return conv(doubled(x)), keeping x instead of an image of four times its size."""
-    small = x.detach()
-    return calling(conv, doubled(x), lambda: doubled(small))
+def renormalized(
+    norm: ModulatedGroupNorm, x: Tensor | tuple[Tensor, Tensor], *modulations: tuple[Tensor, ...],
+    seed: Tensor | None = None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """Return what computes a norm again; it holds what the norm keeps for its own backward, and nothing else."""
+    inputs = (x[0].detach(), x[1].detach()) if isinstance(x, tuple) else x.detach()
+    pairs = [(scale.detach(), shift.detach()) for scale, shift in modulations]
+    return lambda: norm(inputs, *pairs, seed=seed)
 
 
 def calling(layer: Callable[[Tensor], Tensor], x: Tensor, again: Callable[[], Tensor]) -> Tensor:

@@ -49,6 +49,11 @@ class Layers:
         # What adds up a weight's gradients has the largest number there is, and follows the last module.
         return self._paths[index] if 0 <= index < len(self._paths) - 1 else ""
 
+    @property
+    def is_forward(self) -> bool:
+        """Whether a module's forward runs."""
+        return bool(self._running)
+
     def _begin(self, path: str) -> None:
         self._running.append(path)
         self._mark()

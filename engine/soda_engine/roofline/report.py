@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +30,8 @@ class RooflineOptions:
     roofline: bool = False
     """Print instead, of a training step: FLOPs, bytes and saved memory of each block, the step's floor on a GPU, and
     what was measured over it. Needs no GPU."""
+    checkpoint_activations: Literal["none", "norms", "blocks"] | None = None
+    """Of --roofline: as in training; the preset's or the run's if not given."""
     gpu: Literal["h200", "h100", "a100", "l40s", "mi300x"] = "h200"
     """Of --roofline: the GPU whose data sheet gives the ceilings."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -60,6 +62,8 @@ def describe_roofline(name: str, config: TrainConfig, batch_size: int | None, op
         ValueError, FileNotFoundError: a file does not hold what it must, or the config does not fit together.
     """
     measured = None if options.measured is None else read_measured(Path(options.measured), name)
+    if options.checkpoint_activations is not None:
+        config = replace(config, checkpoint_activations=options.checkpoint_activations)
     batch_size = batch_size or (measured and measured.batch_size) or config.batch_size
     known = _known_ceilings(options)
     costs = count_step(config, batch_size=batch_size, dtype=options.dtype)
@@ -71,6 +75,9 @@ def describe_roofline(name: str, config: TrainConfig, batch_size: int | None, op
         _table_of("block", costs, lambda work: _block(costs, work), known[main], saved=True),
         "",
         _table_of("kind", costs, lambda work: work.kind, known[main], saved=False),
+        "",
+        f"memory beside weights and optimizer: {costs.held_bytes / 2**20:,.1f} MiB between forward and backward, "
+        f"{costs.peak_bytes / 2**20:,.1f} MiB at the most",
         "",
         "floors of the step: each op at the larger of bytes / bandwidth and FLOPs / peak, summed",
         table(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from soda_engine.roofline.layers import Layers
 
@@ -32,10 +34,39 @@ class SavedTensor:
         return 0 if self.shares_with is not None else self.num_bytes
 
 
+class LiveMemory(TorchDispatchMode):
+    """Adds up the memory of tensors that were made inside the context and still live, by storage, on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak_bytes = 0
+        self._live: dict[StorageWeakRef, int] = {}
+
+    def num_bytes(self) -> int:
+        """Return how many bytes live now."""
+        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
+        return sum(self._live.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        given = {StorageWeakRef(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if _is_tensor(leaf)}
+        for leaf in tree_leaves(outputs):
+            if _is_tensor(leaf):
+                storage = StorageWeakRef(leaf.untyped_storage())
+                if storage not in given:  # else a view, or written in place
+                    self._live[storage] = leaf.untyped_storage().nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes())
+        return outputs
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def list_saved(model: nn.Module, run: Callable[[], Any]) -> list[SavedTensor]:
     """List what is kept for the backward, in the order it is kept; weights, buffers and views of them are left out.
 
-    What a checkpoint keeps to compute a part again is not seen, only what lies outside.
+    What lies inside a checkpoint is not seen, nor what it keeps to compute that again: `LiveMemory` sees it.
 
     Args:
         model: whose modules are told apart.

@@ -23,7 +23,7 @@ from soda_engine.models.soda import Soda
 from soda_engine.roofline.devices import Ceilings
 from soda_engine.roofline.layers import Layers
 from soda_engine.roofline.op_costs import op_cost, op_kind
-from soda_engine.roofline.saved import SavedTensor, list_saved
+from soda_engine.roofline.saved import LiveMemory, SavedTensor, list_saved
 from soda_kernels import register_flop_formulas
 
 Phase = Literal["views", "forward", "backward", "optimizer"]
@@ -51,6 +51,8 @@ class Work:
     phase: Phase
     num_bytes: int
     flops: int
+    again: bool = False
+    """Whether a checkpoint computes it a second time, in the backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,15 @@ class StepCosts:
     saved: tuple[SavedTensor, ...]
     blocks: tuple[str, ...]
     """Paths of the blocks that layers are gathered into, in the model's order."""
+    held_bytes: int
+    """Memory that lives between forward and backward, weights and the optimizer's state aside."""
+    peak_bytes: int
+    """The most that lives at a time in forward and backward, gradients (in the products' dtype) included."""
 
     @property
     def flops(self) -> int:
-        return sum(each.flops for each in self.work)
+        """Of the model: what a checkpoint computes again does not count."""
+        return sum(each.flops for each in self.work if not each.again)
 
     @property
     def num_bytes(self) -> int:
@@ -108,10 +115,12 @@ def count_step(config: TrainConfig, *, batch_size: int, dtype: str) -> StepCosts
     with Layers(model) as layers, _Counter(layers) as counter:
         counter.phase = "views"
         source, target = _views(config, batch_size, _DTYPES[dtype])
-        counter.phase = "forward"
-        loss = _loss(model, source, target)
-        counter.phase = "backward"
-        loss.backward()
+        with LiveMemory() as memory:
+            counter.phase = "forward"
+            loss = _loss(model, source, target)
+            held = memory.num_bytes()
+            counter.phase = "backward"
+            loss.backward()
     products = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     cast = _CAST_BYTES * sum(weight.numel() for weight in products) if dtype == "bf16" else 0
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
@@ -125,6 +134,7 @@ def count_step(config: TrainConfig, *, batch_size: int, dtype: str) -> StepCosts
     return StepCosts(
         batch_size=batch_size, dtype=dtype, work=tuple(work),
         saved=tuple(list_saved(model, lambda: _loss(model, source, target))),
+        held_bytes=held, peak_bytes=memory.peak_bytes,
         blocks=tuple(path for path, module in model.named_modules() if isinstance(module, _BLOCKS)),
     )  # fmt: skip
 
@@ -134,6 +144,7 @@ def meta_model(config: TrainConfig, dtype: torch.dtype) -> Soda:
     with torch.device("meta"):
         model = Soda(config.model).to(dtype)
     model.to(memory_format=_layout(config))  # type: ignore[call-overload]
+    model.denoiser.checkpoint_activations(config.checkpoint_activations)
     model.schedule  # noqa: B018  moved to the device once, which is no part of a step
     return model
 
@@ -175,5 +186,8 @@ class _Counter(TorchDispatchMode):
         cost = op_cost(func, args, kwargs or {}, outputs)
         if cost is not None:
             kind = "views" if self.phase == "views" else op_kind(func)
-            self.work.append(Work(layer=self._layers.current, kind=kind, phase=self.phase, **cost._asdict()))
+            again = self.phase == "backward" and self._layers.is_forward
+            self.work.append(
+                Work(layer=self._layers.current, kind=kind, phase=self.phase, again=again, **cost._asdict())
+            )
         return outputs

@@ -95,6 +95,7 @@ class Trainer:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = Soda(config.model).to(device=processes.device)
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        self.model.denoiser.checkpoint_activations(config.checkpoint_activations)
         self.ema = Ema(self.model, config.optim.ema_decay)
         distributed.synchronize_batch_norms(self.model, processes)
         self.optimizer = build_optimizer(self.model, config.optim)
