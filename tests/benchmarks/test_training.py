@@ -9,6 +9,7 @@ from benchmarks.training.launches import LEAST_US, Launches, multi_tensor_launch
 from benchmarks.training.optimizer import rows
 from benchmarks.training.phases import gpu_rows
 from soda_engine.presets import PRESETS
+from soda_engine.roofline.step import count_step
 from tests.harness.host_sync import HostSyncError
 
 
@@ -53,6 +54,18 @@ def test_ways_to_step_an_optimizer() -> None:
     assert units["fused AdamW, clip and EMA foreach"] == pytest.approx(13, rel=0.01)
     assert units["engine: fused AdamW with clip, fused EMA"] == pytest.approx(12, rel=0.01)
     assert units["for-loop"] > units["fused AdamW, clip and EMA foreach"]
+
+
+def test_the_engines_model_of_a_step_agrees() -> None:
+    """It attributes the same counts to layers, and has a formula for the optimizer, whose code runs here."""
+    costs = count_step(PRESETS["digits"], batch_size=PRESETS["digits"].batch_size, dtype="bf16")
+    for row in gpu_rows(PRESETS["digits"]):
+        phase = {"optimizer, EMA": "optimizer"}.get(row["phase"], row["phase"])
+        work = [each for each in costs.work if each.phase == phase and each.kind != "casts"]
+        assert sum(each.flops for each in work) == row["flops"]
+        # Scalars and batch norms' statistics are left out of the formula.
+        few = 0.03 if phase == "optimizer" else 0
+        assert sum(each.num_bytes for each in work) == pytest.approx(row["bytes"], rel=few)
 
 
 def test_phases_of_a_step() -> None:

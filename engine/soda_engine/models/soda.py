@@ -22,7 +22,7 @@ from soda_engine.diffusion.samplers import sample as run_sampler
 from soda_engine.models.encoder import ResNetEncoder
 from soda_engine.models.modulation import build_section_map, section_indices, section_slices
 from soda_engine.models.unet import Denoiser
-from soda_kernels import NoiseSchedule, philox_normal
+from soda_kernels import NoiseSchedule, philox_normal, span
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -129,7 +129,10 @@ class Soda(
             # Half precision is widened first: PyTorch resizes none of it on a CPU.
             wide = (batch.float() if batch.is_floating_point() else batch for batch in batches if len(batch))
             views = (plain_view(batch.to(self.device), size).to(dtype) for batch in wide)
-            codes = [self.encoder(view).float() for view in views]
+            codes = []
+            for view in views:
+                with span("encode"):
+                    codes.append(self.encoder(view).float())
         return torch.cat(codes) if codes else torch.empty(0, self.config.latent.dim, device=self.device)
 
     @torch.no_grad()
