@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
 
     from benchmarks.cases import CPU_SETS, DTYPES, MEASURED_SETS, MODES
+    from benchmarks.end_to_end.cases import CASE_NAMES, OPS
+    from benchmarks.end_to_end.cases import SUITE as END_TO_END
     from benchmarks.families import FAMILIES, LAYOUTS, LOOPS, SHAPE_SETS, SUITES
 
     def command(name: str, function: Callable[[Any], int], text: str, sets: Sequence[str]) -> argparse.ArgumentParser:
@@ -60,8 +62,9 @@ def _parser() -> argparse.ArgumentParser:
             for kind in ("shapes", "layouts")
         )
         added.add_argument(
-            "--cases", type=_names("shape set", SHAPE_SETS), metavar="SETS",
-            help=f"shape sets with commas between: {shapes}; {','.join(sets)} if not given",
+            "--cases", type=_names("shape set", (*SHAPE_SETS, *CASE_NAMES)), metavar="SETS",
+            help=f"shape sets with commas between: {shapes}; {END_TO_END} has {', '.join(CASE_NAMES)}; "
+                 f"{','.join(sets)} if not given",
         )  # fmt: skip
         added.add_argument("--layouts", type=_names("layout", LAYOUTS), metavar="LAYOUTS",
                            help=f"{layouts}; all if not given")  # fmt: skip
@@ -84,9 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     traffic.add_argument("--json", type=Path, metavar="PATH", help="write a list of rows there")
 
     run = command("run", _run, "Time a suite: every provider, checked first, in turn with the others.", CPU_SETS)
-    run.add_argument("--suite", choices=(*SUITES, LOOPS), default="norm",
+    run.add_argument("--suite", choices=(*SUITES, LOOPS, END_TO_END), default="norm",
                      help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
-                          "sampling: whole loops, graphed and not; "
+                          "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; "
                           "%(default)s if not given")  # fmt: skip
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                      help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
@@ -94,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
                      help=f"of {', '.join(MODES)}; all if not given; bwd repeats one graph's backward")  # fmt: skip
     run.add_argument("--dtype", choices=tuple(DTYPES),
                      help="the activations'; fp32 on a CPU, bf16 on a GPU if not given")  # fmt: skip
+    run.add_argument("--ops", type=_names("op", OPS), default=OPS, metavar="OPS",
+                     help=f"of {', '.join(OPS)}, in the suite {END_TO_END}; all if not given")  # fmt: skip
     run.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     run.add_argument("--json", type=Path, metavar="PATH", help="append one JSON object a line there, as rows come in")
 
@@ -165,6 +170,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from benchmarks import tables
     from benchmarks.cases import CPU_SETS
+    from benchmarks.end_to_end.cases import SUITE as END_TO_END
     from benchmarks.families import LOOPS, SUITES, choose_cases
     from benchmarks.records import append_row
     from benchmarks.suite import PACES, case_modes, suite_rows
@@ -175,6 +181,8 @@ def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     on_cpu = device.type == "cpu"
     dtype = options.dtype or ("fp32" if on_cpu else "bf16")
+    if options.suite == END_TO_END:
+        return _run_end_to_end(options, device, dtype)
     if options.suite == LOOPS:
         return _run_loops(options, device, dtype)
     family = SUITES[options.suite]
@@ -211,6 +219,12 @@ def _run_loops(options: argparse.Namespace, device: Any, dtype: str) -> int:
         rows += new
     print(loop_table(rows))
     return 1 if any(row["status"] == "invalid" for row in rows) else 0
+
+
+def _run_end_to_end(options: argparse.Namespace, device: Any, dtype: str) -> int:
+    from benchmarks.end_to_end.command import run_end_to_end
+
+    return run_end_to_end(options, device, dtype)
 
 
 def _tune(options: argparse.Namespace) -> int:
