@@ -35,7 +35,9 @@ def curve_rows(problem: EndToEndProblem, num_steps: int, constants: dict[str, An
     plain = {name: plain_losses(problem, layout, batches) for name, layout in LAYOUTS.items()}
     reference = plain["nchw"]
     # Rounding makes two runs of one thing part too: by how much is seen from the reference path in its other layout.
-    error, own_error = (relative_error(torch.tensor(x), torch.tensor(reference)) for x in (ours, plain["channels_last"]))
+    error, own_error = (
+        relative_error(torch.tensor(losses), torch.tensor(reference)) for losses in (ours, plain["channels_last"])
+    )
     row = new_row(**constants, op=LOSS_CURVE, case=case.to_dict("train_step", "fp32"), mode="fwd+bwd", status="ok")
     check = {"rel_l2": error, "ratio_to_torch": error / own_error if own_error else None, "worst": "losses"}
     return [

@@ -1,8 +1,8 @@
 """SODA as one writes it in PyTorch alone: the reference path that this engine is timed against.
 
-Nothing of `soda_kernels` runs here. Norms, modulations, activations and residual sums are calls of `torch.nn.functional`
-one after another, attention is SDPA, noise is `torch.randn`, the loss is `mse_loss`. It takes its weights from the
-engine's modules, as parameters, so that both compute the same function.
+Nothing of `soda_kernels` runs here. Norms, modulations, activations and residual sums are PyTorch calls one after
+another, attention is SDPA, noise is `torch.randn`, the loss is `mse_loss`. It takes its weights from the engine's
+modules, as parameters, so that both compute the same function.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from soda_engine.data.loaders import Batch
 from soda_engine.diffusion.samplers import step_indices
 from soda_engine.models.soda import Soda
 
+_MOVE = 1e-6
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -50,6 +52,15 @@ class EndToEndProblem:
     def model(self, dtype: torch.dtype = torch.float32) -> Soda:
         """Return a copy of the weights."""
         return copy.deepcopy(self.weights).to(dtype)
+
+    def with_moved_encoder(self) -> EndToEndProblem:
+        """Return the problem with every weight of the encoder moved by some ten roundings of fp32."""
+        weights = self.model(torch.float64)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(1)
+            for parameter in weights.encoder.parameters():
+                parameter.mul_(1 + _MOVE * torch.randn_like(parameter))
+        return dataclasses.replace(self, weights=weights)
 
 
 def make_problem(case: EndToEndCase, device: torch.device, dtype: str) -> EndToEndProblem:

@@ -10,16 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.accuracy import MOST_TIMES_TORCH
 from benchmarks.end_to_end.plain import PlainSoda, keyed_draws
 from benchmarks.end_to_end.plain_training import PlainTrainer
 from benchmarks.end_to_end.problems import LAYOUTS, EndToEndProblem, flat
 from benchmarks.providers import BASELINE, OURS, compiled
 from benchmarks.steps import Step
-from soda_engine.models.soda import load_weights, save_weights
+from soda_engine.models.soda import Soda, load_weights, save_weights
 from soda_engine.train.trainer import Trainer
 
 COMPILE = "compile"
-RESULTS = {"train_step": ("momentum", "update", "average", "loss"), "sample": ("images",), "encode": ("z",)}
+_COMPILED_TIMES_TORCH = 10.0
+PARTS = ("denoiser", "encoder")
+RESULTS = {
+    "train_step": (*(f"{what} of the {part}" for part in PARTS for what in ("momentum", "move", "average")), "loss"),
+    "sample": ("images",),
+    "encode": ("z",),
+}
 """What of an op is compared. Of a first training step the first moment, which is a tenth of the clipped gradient; and
 how far weights and average moved, times that moment: AdamW moves every weight about as far, so that those without a
 gradient, whose direction is a matter of rounding, would drown the others."""
@@ -44,6 +51,11 @@ class Contender:
     variant: str
     dtype: str
     build: Callable[[EndToEndProblem], Built]
+
+    @property
+    def most_times_torch(self) -> float:
+        """How many times the error of PyTorch's eager path its results may have; torch.compile's sums are others."""
+        return _COMPILED_TIMES_TORCH if self.provider == COMPILE else MOST_TIMES_TORCH
 
     @property
     def name(self) -> str:
@@ -103,14 +115,15 @@ def plain_train_step(
 
 
 def _moves(
-    problem: EndToEndProblem, optimizer: torch.optim.Optimizer, model: torch.nn.Module, average: torch.nn.Module,
-    loss: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return what a first step has done; everyone's parameters come in the order of the weights."""
-    before = flat(list(problem.weights.parameters()))
-    momentum = flat([optimizer.state[parameter]["exp_avg"] for parameter in model.parameters()])
-    moved, followed = (flat(list(each.parameters())) - before for each in (model, average))
-    return momentum, moved * momentum, followed * momentum, loss.reshape(1)
+    problem: EndToEndProblem, optimizer: torch.optim.Optimizer, model: Soda, average: Soda, loss: Tensor
+) -> tuple[Tensor, ...]:
+    """Return what a first step has done."""
+    found = []
+    for part in PARTS:
+        weights, moved, followed = (list(getattr(each, part).parameters()) for each in (problem.weights, model, average))
+        momentum = flat([optimizer.state[parameter]["exp_avg"] for parameter in moved])
+        found += [momentum, *((flat(now) - flat(weights)) * momentum for now in (moved, followed))]
+    return *found, loss.reshape(1)
 
 
 class _without_dropout:
@@ -129,7 +142,7 @@ class _without_dropout:
             norm.dropout_p = rate
 
 
-def _own_model(problem: EndToEndProblem) -> Any:
+def _own_model(problem: EndToEndProblem) -> Soda:
     """Load the weights from a file, as the engine's commands do."""
     path = problem.folder / "model.safetensors"
     save_weights(problem.weights, path)
@@ -208,7 +221,7 @@ _OWN = {"train_step": own_train_step, "sample": own_sample, "encode": own_encode
 
 
 def contenders(op: str, dtype: str) -> list[Contender]:
-    """List who runs an op; beside fp32 this engine's training step in bf16, which is its default where there is bf16."""
+    """List who runs an op; in fp32 also this engine's training step in bf16, its default where there is bf16."""
     own_dtypes = (dtype, "bf16") if op == "train_step" and dtype == "fp32" else (dtype,)
     found = [Contender(provider=OURS, variant=own, dtype=own, build=_OWN[op]) for own in own_dtypes]
     for provider, compile in ((BASELINE, False), (COMPILE, True)):
