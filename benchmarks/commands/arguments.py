@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,18 +29,24 @@ def add_command(commands: Any, name: str, function: Command, text: str) -> argpa
     return parser
 
 
-def add_case_arguments(parser: argparse.ArgumentParser, usual: Sequence[str]) -> None:
+def add_case_arguments(
+    parser: argparse.ArgumentParser, usual: Sequence[str], others: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Add the choice among the families' cases.
 
     Args:
         usual: shape sets where none are named.
+        others: names of cases that are no family's, by what has them.
     """
+    others = others or {}
     shapes, layouts = (
         "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in FAMILIES.values())
         for kind in ("shapes", "layouts")
     )
+    shapes = "; ".join((shapes, *(f"{name} has {', '.join(cases)}" for name, cases in others.items())))
+    accepted = (*SHAPE_SETS, *(case for cases in others.values() for case in cases))
     parser.add_argument(
-        "--cases", type=names("shape set", SHAPE_SETS), metavar="SETS",
+        "--cases", type=names("shape set", accepted), metavar="SETS",
         help=f"shape sets with commas between: {shapes}; {','.join(usual)} if not given",
     )  # fmt: skip
     parser.add_argument("--layouts", type=names("layout", LAYOUTS), metavar="LAYOUTS",

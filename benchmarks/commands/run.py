@@ -9,16 +9,18 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.cases import CPU_SETS, DTYPES, MODES
 from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
+from benchmarks.end_to_end.cases import CASE_NAMES, OPS
+from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import LOOPS, SUITES, choose_cases
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "run", run, "Time a suite: every provider, checked first, in turn with the others.")
-    add_case_arguments(parser, CPU_SETS)
-    parser.add_argument("--suite", choices=(*SUITES, LOOPS), default="norm",
+    add_case_arguments(parser, CPU_SETS, {END_TO_END: CASE_NAMES})
+    parser.add_argument("--suite", choices=(*SUITES, LOOPS, END_TO_END), default="norm",
                         help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
-                             "sampling: whole loops, graphed and not; "
+                             "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; "
                              "%(default)s if not given")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
@@ -26,6 +28,8 @@ def add_parser(commands: Any) -> None:
                         help=f"of {', '.join(MODES)}; all if not given; bwd repeats one graph's backward")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES),
                         help="the activations'; fp32 on a CPU, bf16 on a GPU if not given")  # fmt: skip
+    parser.add_argument("--ops", type=names("op", OPS), default=OPS, metavar="OPS",
+                        help=f"of {', '.join(OPS)}, in the suite {END_TO_END}; all if not given")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     parser.add_argument("--json", type=Path, metavar="PATH",
                         help="append one JSON object a line there, as rows come in")  # fmt: skip
@@ -45,6 +49,10 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     on_cpu = device.type == "cpu"
     dtype = options.dtype or ("fp32" if on_cpu else "bf16")
+    if options.suite == END_TO_END:
+        from benchmarks.end_to_end.command import run_end_to_end
+
+        return run_end_to_end(options, device, dtype)
     if options.suite == LOOPS:
         return _run_loops(options, device, dtype)
     family = SUITES[options.suite]
