@@ -184,11 +184,17 @@ def _prepare(family: Family, provider: Provider, problem: Problem, mode: str, ya
 
 def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractContextManager[Any]:
     """Let a compiled graph be differentiated again and again where the mode does so."""
-    if not (provider.compiled and mode == "bwd"):
-        return contextlib.nullcontext()
-    import torch._functorch.config
+    settings = contextlib.ExitStack()
+    if provider.compiled and mode == "bwd":
+        import torch._functorch.config
+        import torch._inductor.config
 
-    return torch._functorch.config.patch(donated_buffer=False)
+        # Else a backward writes its result over what the forward saved. The cache on disk does not tell such a backward,
+        # which another mode or run may have left there, from one that does not (PyTorch 2.13): the second call then
+        # differentiated its own result.
+        settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
+        settings.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
+    return settings
 
 
 def _time(
