@@ -41,6 +41,12 @@ def test_a_slowdown_of_one_case_is_caught_alone(seed: int) -> None:
     assert not found.together[0].is_slower
 
 
+def test_what_moves_all_rows_is_caught_before_it_shows_in_one() -> None:
+    machine = Machine(0)
+    found = compare([machine.run()], [machine.run(slower=0.1)])
+    assert not found.slower and found.together[0].is_slower and found.is_regression
+
+
 @pytest.mark.parametrize("drift", [0.7, 1.4])
 def test_a_machine_that_drifts_hides_nothing_and_invents_nothing(drift: float) -> None:
     machine = Machine(0)
