@@ -5,18 +5,20 @@ another path through memory, which moves every ratio to it. So a row counts as s
 median, its least time, and its median over the baseline's, which was timed in the same rounds. The change is what all
 three agree on, the smallest of them; where they disagree in sign there is none.
 
-The threshold is the data's own (all in logarithms of times), the largest of
+The threshold of a row is the data's own (all in logarithms of times), the largest of
 
 - the A/A spreads of the two rows: how far two timings of one thing lay apart;
-- 1.5 times half the width between the 20% and 80% quantiles of the row's ratio to the baseline, as a root mean square
-  of both sets;
+- twice its width: half of that between the 20% and 80% quantiles of its ratio to the baseline, both sets' root mean
+  square;
 - three standard errors of the difference of the two medians, from those widths and the numbers of rounds;
-- the median, over all rows, of the two before, lest a row look calm by luck;
-- the scatter of all rows' changes about their median (from the absolute deviations), since processes differ
-  where rounds of one do not.
+- the median over all rows of the two before, lest a row look calm by luck.
 
-Rounds of one run are not independent: on two cores of an AMD EPYC the medians of one code's ratios scattered over
-processes by 0.4 to 0.9 half-widths, with 40 to 390 rounds in each, so that their number alone promises too much.
+All rows of a provider are judged together too, by the medians of what they say: what moves all of them shows there
+long before it does in one row, and the threshold is one width, or the A/A spread. A change of the baseline in all rows
+is the machine's as far as it is more than a width, and is taken out of times.
+
+Rounds of one run are not independent, so that their number alone promises too much: on two cores of an AMD EPYC the
+medians of one code's ratios scattered over processes by 0.4 to 0.9 widths, with 40 to 390 rounds in each.
 `python -m benchmarks.trials` measures how often all this is right.
 """
 
@@ -32,28 +34,26 @@ from benchmarks.providers import BASELINE
 from benchmarks.result_files import ResultFile, Row, newest_rows, row_key
 from benchmarks.speed_ups import place_of
 
-_WIDTHS = 1.5
+_WIDTHS = 2.0
 _STANDARD_ERRORS = 3.0
 _MEDIAN_ERROR = 1.2533 / 0.8416
 """Standard error of a normal sample's median, times the root of its size, over half its 20/80 width."""
 FEWEST_ROUNDS = 5
 """Quantiles of fewer say nothing."""
-_FEWEST_YARDSTICKS = 5
-"""Baseline rows of which a drift of the machine can be told from their own noise."""
+_FEWEST_TOGETHER = 5
+"""Rows whose median tells what moves all of them from the noise of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Change:
-    """A row in both sets."""
+class Verdict:
+    """What two sets say of one thing, as logarithms of ratios: positive is slower."""
 
-    before: Row
-    after: Row
     time: float
-    """Logarithm of the ratio of medians, without the machine's drift; positive is slower."""
+    """Of medians, without the machine's drift."""
     least: float
-    """The same of the least times."""
+    """Of least times, likewise."""
     relative: float | None
-    """The same of the medians over the baseline's; None without one."""
+    """Of medians over the baseline's; None without one."""
     threshold: float
 
     @property
@@ -76,10 +76,28 @@ class Change:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change(Verdict):
+    """A row in both sets."""
+
+    before: Row
+    after: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together(Verdict):
+    """All rows of a provider."""
+
+    provider: str
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """All that comparing two sets found."""
 
     changes: list[Change]
+    together: list[Together]
+    """Of each provider with enough rows."""
     drift: float
     """By which the baseline's medians surely changed, a logarithm; it is taken out of `time`, as that of `least` is."""
     broken: list[Row]
@@ -108,9 +126,15 @@ class Comparison:
         return statistics.median(change.threshold for change in self.changes) if self.changes else None
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether nothing became slower, faster or wrong."""
+        moved = (each.is_slower or each.is_faster for each in (*self.changes, *self.together))
+        return not (self.broken or any(moved))
+
+    @property
     def is_regression(self) -> bool:
         """Whether something became slower or wrong."""
-        return bool(self.slower or self.broken)
+        return bool(self.slower or self.broken) or any(each.is_slower for each in self.together)
 
 
 def compare(before: Sequence[ResultFile], after: Sequence[ResultFile]) -> Comparison:
@@ -132,16 +156,16 @@ def compare(before: Sequence[ResultFile], after: Sequence[ResultFile]) -> Compar
     others_baseline = len(versions) > 1
     judged = [key for key in timed if _is_judged(first[key], first)]
     enough = [key for key in judged if min(rows[key]["stats"]["n"] for rows in (first, second)) >= FEWEST_ROUNDS]
-    yardsticks = [] if others_baseline else [(first[key], second[key]) for key in timed]
-    drift, drift_of_least = (_drift(yardsticks, statistic) for statistic in ("p50", "min"))
     measured = [_Measured.of(first, second, key, use_baseline=not others_baseline) for key in enough]
-    least_noise = 0.0
-    if measured:
-        said = [_log_ratio(each.before, each.after) if each.relative is None else each.relative for each in measured]
-        least_noise = max(statistics.median(each.noise for each in measured), _scatter(said))
+    noise, width = (
+        statistics.median(getattr(each, name) for each in measured) if measured else 0.0 for name in ("noise", "width")
+    )
+    yardsticks = [] if others_baseline else [(first[key], second[key]) for key in timed]
+    drift, drift_of_least = (_drift(yardsticks, statistic, width) for statistic in ("p50", "min"))
+    changes = [each.change(noise, drift, drift_of_least) for each in measured]
     known = {*timed, *(_key(row) for row in broken)}
     return Comparison(
-        changes=[each.change(least_noise, drift, drift_of_least) for each in measured], drift=drift, broken=broken,
+        changes=changes, together=_together(changes, measured), drift=drift, broken=broken,
         unjudged=[second[key] for key in judged if key not in enough],
         gone=[row for key, row in first.items() if row["stats"]["p50"] and key not in known],
         added=[row for key, row in second.items() if row["stats"]["p50"] and key not in known],
@@ -157,6 +181,7 @@ class _Measured:
     after: Row
     relative: float | None
     spread: float
+    width: float
     noise: float
 
     @staticmethod
@@ -168,17 +193,18 @@ class _Measured:
         beside = baselines if with_baseline else [None, None]
         widths = [_half_width(*each) for each in zip(pair, beside, strict=True)]
         errors = [_MEDIAN_ERROR * width / math.sqrt(row["stats"]["n"]) for width, row in zip(widths, pair, strict=True)]
+        width = math.hypot(*widths) / math.sqrt(2)
         return _Measured(
-            before=pair[0], after=pair[1], relative=relative,
+            before=pair[0], after=pair[1], relative=relative, width=width,
             spread=max(math.log1p(row["stats"]["aa_spread"] or 0.0) for row in pair),
-            noise=max(_WIDTHS * math.hypot(*widths) / math.sqrt(2), _STANDARD_ERRORS * math.hypot(*errors)),
+            noise=max(_WIDTHS * width, _STANDARD_ERRORS * math.hypot(*errors)),
         )  # fmt: skip
 
-    def change(self, least_noise: float, drift: float, drift_of_least: float) -> Change:
+    def change(self, usual_noise: float, drift: float, drift_of_least: float) -> Change:
         return Change(
             before=self.before, after=self.after, time=_log_ratio(self.before, self.after) - drift,
             least=_log_ratio(self.before, self.after, "min") - drift_of_least, relative=self.relative,
-            threshold=max(self.spread, self.noise, least_noise),
+            threshold=max(self.spread, self.noise, usual_noise),
         )  # fmt: skip
 
 
@@ -228,17 +254,27 @@ def _half_width(row: Row, baseline: Row | None) -> float:
     return math.hypot(*widths)
 
 
-def _drift(pairs: Sequence[tuple[Row, Row]], statistic: str) -> float:
-    """Return by how much the baseline surely changed, by the scatter of its rows, as the logarithm of a factor."""
+def _drift(pairs: Sequence[tuple[Row, Row]], statistic: str, width: float) -> float:
+    """Return by how much the baseline changed in all rows, beyond a width, as the logarithm of a factor."""
     changes = [_log_ratio(*pair, statistic) for pair in pairs if pair[0]["provider"] == BASELINE]
-    if len(changes) < _FEWEST_YARDSTICKS:
+    if len(changes) < _FEWEST_TOGETHER:
         return 0.0
     middle = statistics.median(changes)
-    error = _scatter(changes) / math.sqrt(len(changes))
-    return math.copysign(max(0.0, abs(middle) - error), middle)
+    return math.copysign(max(0.0, abs(middle) - width), middle)
 
 
-def _scatter(values: Sequence[float]) -> float:
-    """Return a normal's standard deviation from the median of the absolute deviations, which few outliers move."""
-    middle = statistics.median(values)
-    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+def _together(changes: Sequence[Change], measured: Sequence[_Measured]) -> list[Together]:
+    """Judge all rows of each provider by their medians."""
+    found = []
+    for provider in dict.fromkeys(change.before["provider"] for change in changes):
+        of_it = [index for index, change in enumerate(changes) if change.before["provider"] == provider]
+        relative = [value for index in of_it if (value := changes[index].relative) is not None]
+        if len(of_it) < _FEWEST_TOGETHER or len(relative) not in (0, len(of_it)):
+            continue
+        found.append(Together(
+            provider=provider, num_rows=len(of_it), time=statistics.median(changes[index].time for index in of_it),
+            least=statistics.median(changes[index].least for index in of_it),
+            relative=statistics.median(relative) if relative else None,
+            threshold=statistics.median(max(measured[index].width, measured[index].spread) for index in of_it),
+        ))  # fmt: skip
+    return found

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import timers
 from benchmarks.cases import CPU_SETS
-from benchmarks.comparison import Change, compare
+from benchmarks.comparison import Comparison, Verdict, compare
 from benchmarks.families import GROUP_NORM
 from benchmarks.providers import BASELINE, OURS
 from benchmarks.records import append_row, describe_environment
@@ -111,25 +111,32 @@ def trial(folder: Path, index: int, slowdown: float) -> dict[str, Any]:
     )
     equal, planted_ones = compare([first], [again]), compare([first], [slow])
     return {
-        "trial": index, "quiet": not (equal.slower or equal.faster), "caught": bool(planted_ones.slower),
+        "trial": index, "quiet": equal.is_quiet, "caught": planted_ones.is_regression,
         "busy_elsewhere": [file.environment["busy_elsewhere"] for file in (first, again, slow)],
         "usual_threshold": planted_ones.usual_threshold, "rows": len(planted_ones.changes),
         "rows_caught": len(planted_ones.slower),
-        "equal": [_numbers(change) for change in equal.changes],
-        "slowed": [_numbers(change) for change in planted_ones.changes],
+        "equal": _numbers(equal), "slowed": _numbers(planted_ones),
     }  # fmt: skip
 
 
-def _numbers(change: Change) -> dict[str, Any]:
-    return {
-        "row": name_of(change.before), "time": change.time, "least": change.least, "relative": change.relative,
-        "agreed": change.agreed, "threshold": change.threshold,
-    }  # fmt: skip
+def _numbers(found: Comparison) -> list[dict[str, Any]]:
+    """List what was found of each row, and last of all rows together."""
+    named: list[tuple[str, Verdict]] = [(name_of(change.before), change) for change in found.changes]
+    named += [(f"all rows of {each.provider}", each) for each in found.together]
+    return [
+        {"row": name, "time": each.time, "least": each.least, "relative": each.relative, "agreed": each.agreed,
+         "threshold": each.threshold}
+        for name, each in named
+    ]  # fmt: skip
 
 
-def nearest(trials: list[dict[str, Any]]) -> float:
-    """Return how near equal runs came to the threshold: the largest |agreed change| over it; below 1 is quiet."""
-    return max(abs(row["agreed"]) / row["threshold"] for trial in trials for row in trial["equal"])
+def nearest(trials: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the largest |agreed change| over its threshold of equal runs, and the least of a slowed run's largest."""
+    equal, slow = (
+        [max(abs(row["agreed"]) / row["threshold"] for row in trial[kind]) for trial in trials]
+        for kind in ("equal", "slowed")
+    )
+    return max(equal), min(slow)
 
 
 def main() -> None:
@@ -154,12 +161,13 @@ def main() -> None:
           f"{each['rows_caught']} of {each['rows']}") for each in found),
     ))  # fmt: skip
     quiet, caught = (sum(each[key] for each in found) for key in ("quiet", "caught"))
-    print(f"quiet {quiet} of {len(found)}, caught {caught} of {len(found)}; equal runs differed by at most "
-          f"{nearest(found):.2f} of the threshold")  # fmt: skip
+    most, least = nearest(found)
+    print(f"quiet {quiet} of {len(found)}, caught {caught} of {len(found)}; of the threshold equal runs differed by "
+          f"{most:.2f} at most, slowed ones by {least:.2f} at least")  # fmt: skip
     if options.json is not None:
         write_json(options.json, {
             "slowdown": options.slowdown, "quiet": quiet, "caught": caught, "of": len(found),
-            "largest_equal_over_threshold": nearest(found), "trials": found,
+            "equal_over_threshold_at_most": most, "slowed_over_threshold_at_least": least, "trials": found,
             "env": describe_environment(torch.device("cpu")),
         })  # fmt: skip
 

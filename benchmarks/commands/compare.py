@@ -52,6 +52,12 @@ def describe(found: Comparison, *, everything: bool = False) -> str:
         parts[0] += "; the versions of PyTorch differ, so that times are compared without the baseline's"
     elif found.drift:
         parts[0] += f"; the baseline takes {math.exp(found.drift):.2f}x as long everywhere, which is taken out of times"
+    for each in found.together:
+        if each.is_slower or each.is_faster:
+            parts[0] += (
+                f"\nall {each.num_rows} rows of {each.provider} together: {math.expm1(each.agreed):+.1%}, where "
+                f"{math.expm1(each.threshold):.1%} would be noise"
+            )
     for title, changes in (("slower", found.slower), ("faster", found.faster)):
         if changes:
             parts.append(f"{title}:\n{_table(changes)}")
