@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,13 +30,20 @@ from soda_engine.models import blocks
 from soda_engine.models.soda import Soda
 from soda_engine.presets import PRESETS
 from soda_engine.records import write_json
-from soda_engine.roofline.saved import SavedTensor, list_saved
+from soda_engine.roofline.saved import LiveMemory, SavedTensor, list_saved
 from soda_kernels import ModulatedGroupNorm
 
-Kept = dict[str, list[SavedTensor]]
+
+@dataclass(frozen=True)
+class Kept:
+    """What one way of writing the model keeps."""
+
+    tensors: list[SavedTensor]
+    held_bytes: int
+    """Memory that lives after a forward, whoever holds it."""
 
 
-def saved_by_way(config: TrainConfig, batch_size: int) -> Kept:
+def saved_by_way(config: TrainConfig, batch_size: int) -> dict[str, Kept]:
     """List what a forward keeps, in bf16.
 
     By "engine"; by "copies", the same where autograd keeps what it would by itself, resampled copies among it; by
@@ -49,7 +57,7 @@ def saved_by_way(config: TrainConfig, batch_size: int) -> Kept:
     return found
 
 
-def _saved(config: TrainConfig, batch_size: int) -> list[SavedTensor]:
+def _saved(config: TrainConfig, batch_size: int) -> Kept:
     with torch.device("meta"):
         model: Any = Soda(config.model)
     model.to(memory_format=torch.channels_last)
@@ -68,7 +76,11 @@ def _saved(config: TrainConfig, batch_size: int) -> list[SavedTensor]:
                 losses: Tensor = model(source, target, seed=0, sample_ids=ids, step=0)
             return losses
 
-        return list_saved(model, run)
+        tensors = list_saved(model, run)
+        with LiveMemory() as memory:
+            losses = run()  # noqa: F841  it holds the graph
+            held = memory.num_bytes()
+    return Kept(tensors, held)
 
 
 @contextlib.contextmanager
@@ -105,17 +117,25 @@ def _copies_kept() -> Iterator[None]:
         yield
 
 
-def block_rows(kept: Kept, config: TrainConfig) -> list[dict[str, Any]]:
-    """Add up bytes by block, in the model's order: what each way keeps, and what of it is there already."""
+def block_rows(ways: dict[str, Kept]) -> list[dict[str, Any]]:
+    """Add up bytes by block, in the model's order: what each way keeps, and what of it is there already.
+
+    The last rows are the sum over blocks, and all memory that lives after the forward: also small images from which
+    copies are made again, and what holds a checkpoint's inputs.
+    """
     rows: dict[str, dict[str, Any]] = {}
-    for way, tensors in kept.items():
-        for tensor in tensors:
+    for way, kept in ways.items():
+        for tensor in kept.tensors:
             row = rows.setdefault(_block(tensor.layer), {"block": _block(tensor.layer)})
             for key, size in ((way, tensor.own_bytes), (f"{way}_shared", tensor.num_bytes - tensor.own_bytes)):
                 row[f"{key}_bytes"] = row.get(f"{key}_bytes", 0) + size
-    names = [f"{way}{shared}_bytes" for way in kept for shared in ("", "_shared")]
+    names = [f"{way}{shared}_bytes" for way in ways for shared in ("", "_shared")]
     found = [{"block": row["block"], **{name: row.get(name, 0) for name in names}} for row in rows.values()]
-    return [*found, {"block": "total", **{name: sum(row[name] for row in found) for name in names}}]
+    held = {f"{way}_bytes": kept.held_bytes for way, kept in ways.items()}
+    return [
+        *found, {"block": "sum", **{name: sum(row[name] for row in found) for name in names}},
+        {"block": "all that lives", **{name: held.get(name, 0) for name in names}},
+    ]  # fmt: skip
 
 
 def _block(layer: str) -> str:
@@ -146,10 +166,10 @@ def main() -> None:
     options = parser.parse_args()
     config = dataclasses.replace(PRESETS[options.preset], checkpoint_activations=options.checkpoint_activations)
     batch_size = options.batch_size or config.batch_size
-    kept = saved_by_way(config, batch_size)
-    rows = block_rows(kept, config)
+    ways = saved_by_way(config, batch_size)
+    rows = block_rows(ways)
     if options.tensors:
-        print(tensor_table(kept["engine"]), end="\n\n")
+        print(tensor_table(ways["engine"].tensors), end="\n\n")
     print(f"{options.preset}, batch {batch_size}, bf16: MiB kept for the backward, and those that were kept already")
     print(table(
         ("block", "engine", "already", "with copies", "already", "eager", "already"),

@@ -71,7 +71,7 @@ def test_the_engines_model_of_a_step_agrees() -> None:
 
 def test_what_blocks_keep_for_the_backward() -> None:
     preset = PRESETS["digits"]
-    *rows, total = block_rows(saved_by_way(preset, batch_size=64), preset)
+    *rows, total, held = block_rows(saved_by_way(preset, batch_size=64))
     blocks = {row["block"]: row for row in rows}
     assert total["engine_bytes"] < total["copies_bytes"] < 0.7 * total["eager_bytes"]
     channels, side = preset.model.denoiser.channels, preset.model.denoiser.image_size
@@ -83,9 +83,12 @@ def test_what_blocks_keep_for_the_backward() -> None:
     assert 4 * small < images < 5 * small
     saved = {name: blocks[name]["copies_bytes"] - blocks[name]["engine_bytes"] for name in blocks}
     # The block that halves: what its first norm returned. The one that doubles: a copy four times as large as that,
-    # beside the cast of a weight, which is not seen where an image is made again.
-    expected = {"denoiser.down.1": large, "denoiser.up.2": 3 * small + conv}
+    # beside the cast of a weight, which the list does not see where an image is made again.
+    expected = {"denoiser.down.1": large, "denoiser.up.2": 4 * small + conv}
     assert {name: size for name, size in saved.items() if size} == expected
+    # Nor does it see the image from which the copy is made.
+    assert held["copies_bytes"] - held["engine_bytes"] == large + 3 * small
+    assert held["eager_bytes"] > 1.4 * held["engine_bytes"]
 
 
 def test_phases_of_a_step() -> None:
