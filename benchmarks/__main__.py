@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
                      help="the activations'; fp32 on a CPU, bf16 on a GPU if not given")  # fmt: skip
     run.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     run.add_argument("--json", type=Path, metavar="PATH", help="append one JSON object a line there, as rows come in")
+    run.add_argument("--profile", type=Path, metavar="FOLDER",
+                     help="also write a profiler trace (Chrome JSON) of three calls by each provider there, taken "
+                          "after a case's times, with kernel calls as NVTX ranges")  # fmt: skip
 
     tune = command("tune", _tune, "Time the candidates for each launch config on this GPU and keep the fastest in the "
                    "package's table.", MEASURED_SETS)  # fmt: skip
@@ -182,7 +185,8 @@ def _run(options: argparse.Namespace) -> int:
     (cases,) = chosen.values()
     parts = [(case, mode) for case in cases for mode in case_modes(case, options.modes)]
     rows: list[dict[str, Any]] = []
-    measured = suite_rows(family, cases, options.modes, device, PACES["quick" if options.quick else "full"])
+    pace = PACES["quick" if options.quick else "full"]
+    measured = suite_rows(family, cases, options.modes, device, pace, traces=options.profile)
     try:
         for index, (case, mode) in enumerate(parts):
             tables.show_progress(f"{index + 1}/{len(parts)} {case.id} {case.layout} {mode}")
@@ -203,6 +207,8 @@ def _run_loops(options: argparse.Namespace, device: Any, dtype: str) -> int:
 
     if options.layouts is not None:
         raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {options.suite} has none")
+    if options.profile is not None:
+        raise ValueError(f"--profile is {options.profile}; the suite {options.suite} takes no traces")
     pace, rows = PACES["quick" if options.quick else "full"], []
     cases = loop_cases(options.cases, device)
     for new in loop_rows(cases, device, dtype, budget_s=pace.budget_s, min_rounds=pace.min_rounds):
