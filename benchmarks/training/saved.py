@@ -44,12 +44,14 @@ class Kept:
 
 
 def saved_by_way(config: TrainConfig, batch_size: int) -> dict[str, Kept]:
-    """List what a forward keeps, in bf16.
+    """List what a forward keeps, in bf16; where the config checkpoints, by the engine alone.
 
     By "engine"; by "copies", the same where autograd keeps what it would by itself, resampled copies among it; by
     "eager", PyTorch's own functions one after another.
     """
     found = {"engine": _saved(config, batch_size)}
+    if config.checkpoint_activations != "none":  # which others have not
+        return found
     with _copies_kept():
         found["copies"] = _saved(config, batch_size)
         with _eagerly():
@@ -171,8 +173,9 @@ def main() -> None:
     if options.tensors:
         print(tensor_table(ways["engine"].tensors), end="\n\n")
     print(f"{options.preset}, batch {batch_size}, bf16: MiB kept for the backward, and those that were kept already")
+    header = ("block", "engine", "already", "with copies", "already", "eager", "already")
     print(table(
-        ("block", "engine", "already", "with copies", "already", "eager", "already"),
+        header[: len(rows[0])],
         ((row["block"], *(f"{row[name] / 2**20:,.1f}" for name in row if name != "block")) for row in rows),
     ))  # fmt: skip
     if options.json:
