@@ -33,6 +33,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     parser.add_argument("--json", type=Path, metavar="PATH",
                         help="append one JSON object a line there, as rows come in")  # fmt: skip
+    parser.add_argument("--profile", type=Path, metavar="FOLDER",
+                        help="also write a profiler trace (Chrome JSON) of three calls by each provider there, taken "
+                             "after a case's times, with kernel calls as NVTX ranges")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -49,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     on_cpu = device.type == "cpu"
     dtype = options.dtype or ("fp32" if on_cpu else "bf16")
+    if options.profile is not None and options.suite not in SUITES:
+        raise ValueError(f"--profile is {options.profile}; the suite {options.suite} takes no traces")
     if options.suite == END_TO_END:
         from benchmarks.end_to_end.command import run_end_to_end
 
@@ -60,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     (cases,) = chosen.values()
     parts = [(case, mode) for case in cases for mode in case_modes(case, options.modes)]
     rows: list[dict[str, Any]] = []
-    measured = suite_rows(family, cases, options.modes, device, PACES["quick" if options.quick else "full"])
+    pace = PACES["quick" if options.quick else "full"]
+    measured = suite_rows(family, cases, options.modes, device, pace, traces=options.profile)
     try:
         for index, (case, mode) in enumerate(parts):
             tables.show_progress(f"{index + 1}/{len(parts)} {case.id} {case.layout} {mode}")

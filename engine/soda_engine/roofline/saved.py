@@ -66,7 +66,8 @@ def _is_tensor(value: Any) -> bool:
 def list_saved(model: nn.Module, run: Callable[[], Any]) -> list[SavedTensor]:
     """List what is kept for the backward, in the order it is kept; weights, buffers and views of them are left out.
 
-    What lies inside a checkpoint is not seen, nor what it keeps to compute that again: `LiveMemory` sees it.
+    What lies inside a checkpoint is not seen, nor what is held to compute anything again, nor autocast's copy of a
+    weight whose input is made again: `LiveMemory` sees them.
 
     Args:
         model: whose modules are told apart.
