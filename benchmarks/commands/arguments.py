@@ -1,0 +1,75 @@
+"""Arguments that commands share, and what is found out before minutes of work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks.families import FAMILIES, LAYOUTS, SHAPE_SETS
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def add_command(commands: Any, name: str, function: Command, text: str) -> argparse.ArgumentParser:
+    """Add a command's parser to those of `argparse`; the text is its line in the list and the head of its help."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, usual: Sequence[str]) -> None:
+    """Add the choice among the families' cases.
+
+    Args:
+        usual: shape sets where none are named.
+    """
+    shapes, layouts = (
+        "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in FAMILIES.values())
+        for kind in ("shapes", "layouts")
+    )
+    parser.add_argument(
+        "--cases", type=names("shape set", SHAPE_SETS), metavar="SETS",
+        help=f"shape sets with commas between: {shapes}; {','.join(usual)} if not given",
+    )  # fmt: skip
+    parser.add_argument("--layouts", type=names("layout", LAYOUTS), metavar="LAYOUTS",
+                        help=f"{layouts}; all if not given")  # fmt: skip
+
+
+def names(kind: str, accepted: Sequence[str] | dict[str, Any]) -> Callable[[str], tuple[str, ...]]:
+    """Return a parser of names with commas between."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+        for name in found:
+            if name not in accepted:
+                raise argparse.ArgumentTypeError(f"{name!r} is no {kind}; accepted are {', '.join(accepted)}")
+        return found
+
+    return parse
+
+
+def check_writable(path: Path | None) -> None:
+    """Find out before minutes of work whether their results can be kept.
+
+    Raises:
+        ValueError: the path of `--json` cannot be written.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--json is {path}, a folder; it must be a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--json is {path}, which cannot be written")
