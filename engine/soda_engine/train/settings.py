@@ -19,7 +19,7 @@ CONFIG_NAME = "config.json"
 # `data` may have moved; that it still holds as many images is checked by the trainer.
 _FREE_FIELDS = {
     "data", "out", "total_images", "max_minutes", "device", "threads", "precision", "channels_last", "kernels",
-    "max_bad_steps", "tensorboard", "dry_run", "cadence", "dataset.workers",
+    "max_bad_steps", "tensorboard", "dry_run", "cadence", "dataset.workers", "dataset.memory_mib",
 }  # fmt: skip
 
 

@@ -73,6 +73,8 @@ class Trainer:
 
     Attributes:
         model: the weights in training. ema: their moving average. progress: how far the run is, as far as it was read.
+        parallel: what a step calls for its losses: the model, wrapped where there are several processes.
+        interrupted: whether the last `train` ended because the user asked it to.
         read_every: how many steps may stay unread; 1 on a CPU, where reading is free.
 
     Raises:
@@ -110,6 +112,7 @@ class Trainer:
         self._unread: list[_Unread] = []
         self._metrics: dict[str, float] = {}  # of the last step that was read
         self._bad_steps_in_a_row = 0
+        self.interrupted = False
 
     def train(self) -> Progress:
         """Train until the images, the time or the user's patience runs out; then save.
@@ -129,7 +132,7 @@ class Trainer:
             enabled=self.processes.is_main,
         )  # fmt: skip
         start, window = time.monotonic(), (progress.images, progress.seconds)
-        interrupted = out_of_time = False
+        out_of_time = self.interrupted = False
         with noted_interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
             if 0 < progress.images < config.total_images:
                 log.say(f"resuming {self.run} at {progress.images:,} images")
@@ -137,10 +140,10 @@ class Trainer:
             while progress.images < config.total_images:
                 before, tick = progress.images, time.monotonic()
                 self.step(next(batches), log)
+                progress.seconds += time.monotonic() - tick
                 due = self._passed(before, config.cadence.log_images)
                 if due or len(self._unread) >= self.read_every:
                     self.read(log)
-                progress.seconds += time.monotonic() - tick
                 log.advance(config.batch_size, **({"loss": f"{self._metrics['loss']:.4f}"} if self._metrics else {}))
                 if due:
                     rate = (progress.images - window[0]) / (progress.seconds - window[1])
@@ -148,10 +151,10 @@ class Trainer:
                     log.write("train", progress.images, self._window() | self._metrics | {"images_per_second": rate})
                     progress.window_loss, progress.window_steps = 0.0, 0
                 minutes = (time.monotonic() - start) / 60
-                interrupted, out_of_time = self.processes.any(
+                self.interrupted, out_of_time = self.processes.any(
                     interruption.is_set(), config.max_minutes is not None and minutes >= config.max_minutes
                 )
-                if interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
+                if self.interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
                     break
                 self._milestones(before, log)
             self.read(log)
@@ -163,7 +166,7 @@ class Trainer:
             saved = self.save()
             log.say(
                 f"{progress.images:,} images seen: {self.run} is complete" if finished else
-                f"{'interrupted' if interrupted else 'stopped'} at {progress.images:,} images, saved as {saved}; "
+                f"{'interrupted' if self.interrupted else 'stopped'} at {progress.images:,} images, saved as {saved}; "
                 "the same command goes on from there"
             )  # fmt: skip
         return progress
@@ -208,7 +211,9 @@ class Trainer:
         unread, self._unread = self._unread, []
         progress, longest = self.progress, 0
         measured = [step.measured for step in unread if step.measured is not None]
+        start = time.monotonic()
         rows = iter(torch.stack(measured).tolist() if measured else [])
+        progress.seconds += time.monotonic() - start  # which a GPU still needed for the steps
         for step in unread:
             if step.measured is None:
                 self._metrics = {"loss": math.nan}
