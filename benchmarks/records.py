@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,18 +82,6 @@ def new_row(**known: Any) -> dict[str, Any]:
     if unknown:
         raise KeyError(f"not in the schema of a row: {sorted(unknown)}")
     return row | known
-
-
-def loss_curve_row(losses: Sequence[float], **known: Any) -> dict[str, Any]:
-    """Return a row of losses instead of times: `report` lays those of one case's providers over one another.
-
-    Args:
-        losses: one a step, from the first.
-        known: as of `new_row`: suite, case, provider and env at least.
-    """
-    return new_row(op="loss_curve", mode="train", timer="step", unit="loss", status="ok", **known) | {
-        "losses": list(losses)
-    }
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
