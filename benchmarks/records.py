@@ -74,7 +74,7 @@ def new_row(**known: Any) -> dict[str, Any]:
         "schema": SCHEMA, "suite": None, "op": None, "case": None, "provider": None, "variant": None, "mode": None,
         "timer": None, "unit": "us",
         "stats": dict.fromkeys(("p50", "p20", "p80", "min", "n", "aa_spread")),
-        "bytes_min": None, "flops": None, "pct_ceiling": None, "bound": None,
+        "paired": None, "bytes_min": None, "flops": None, "pct_ceiling": None, "bound": None,
         "memory": dict.fromkeys(("peak_mib", "saved_for_backward_mib")),
         "launches": None,
         "check": dict.fromkeys(("rel_l2", "ratio_to_torch", "worst", "pass", "bitwise_rerun")),

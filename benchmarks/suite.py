@@ -147,6 +147,9 @@ def _measure(
                 timed_row["stats"] = timers.summarize(times[name]) | {
                     "aa_spread": timers.spread(times[BASELINE], times[_AGAIN]) if BASELINE in times else None
                 }
+                if name != BASELINE and BASELINE in times:
+                    beside = timers.pair(times[name], times[BASELINE], times[_AGAIN])
+                    timed_row["paired"] = {"to": BASELINE, **beside}
                 least = ceilings.least_us(row["bytes_min"], row["flops"])
                 timed_row["pct_ceiling"] = 100 * least / timed_row["stats"]["p50"]
             rows.append(timed_row)

@@ -101,6 +101,9 @@ def loop_rows(
         spread = timers.spread(times[BASELINE], times[_AGAIN])
         for name in rows.keys() & times.keys():
             rows[name]["stats"] = timers.summarize(times[name]) | {"aa_spread": spread}
+            if name != BASELINE:
+                beside = timers.pair(times[name], times[BASELINE], times[_AGAIN])
+                rows[name]["paired"] = {"to": BASELINE, **beside}
         yield list(rows.values())
 
 
