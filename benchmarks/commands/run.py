@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import tables
 from benchmarks.cases import CPU_SETS, DTYPES, MODES
 from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
+from benchmarks.end_to_end.cases import CASE_NAMES, OPS
+from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import LOOPS, SUITES, choose_cases
 from benchmarks.providers import BASELINE
 
@@ -17,17 +19,17 @@ if TYPE_CHECKING:
 
     from benchmarks.journal import Journal
 
-ALL_SUITES = (*SUITES, LOOPS)
+ALL_SUITES = (*SUITES, LOOPS, END_TO_END)
 PROVIDERS = tuple(dict.fromkeys(each.name for family in SUITES.values() for each in family.providers))
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "run", run, "Time a suite: every provider, checked first, in turn with the others.")
-    add_case_arguments(parser, CPU_SETS)
+    add_case_arguments(parser, CPU_SETS, {END_TO_END: CASE_NAMES})
     parser.add_argument("--suite", choices=ALL_SUITES, default="norm",
                         help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
-                             "sampling: whole loops, graphed and not; "
+                             "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; "
                              "%(default)s if not given")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
@@ -35,6 +37,8 @@ def add_parser(commands: Any) -> None:
                         help=f"of {', '.join(MODES)}; all if not given; bwd repeats one graph's backward")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES),
                         help="the activations'; fp32 on a CPU, bf16 on a GPU if not given")  # fmt: skip
+    parser.add_argument("--ops", type=names("op", OPS), default=OPS, metavar="OPS",
+                        help=f"of {', '.join(OPS)}, in the suite {END_TO_END}; all if not given")  # fmt: skip
     parser.add_argument("--providers", type=names("provider", PROVIDERS), metavar="PROVIDERS",
                         help=f"of {', '.join(PROVIDERS)}; each suite those that it has, all if not given")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
@@ -53,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from benchmarks.diffusion.loop import loop_table
+    from benchmarks.end_to_end.command import run_end_to_end
+    from benchmarks.end_to_end.tables import end_to_end_table
     from benchmarks.journal import Journal
     from benchmarks.records import describe_environment
     from benchmarks.summary import summarize_rows
@@ -62,10 +68,11 @@ def run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
     dtype = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
     journal = Journal(options.json, describe_environment(device), resume=options.resume)
-    run_suite = _run_loops if options.suite == LOOPS else _run_family
+    others = {LOOPS: (_run_loops, loop_table), END_TO_END: (run_end_to_end, end_to_end_table)}
+    run_suite, write_table = others.get(options.suite, (_run_family, summarize_rows))
     run_suite(options, device, dtype, journal)
     rows = [row for row in journal.rows if row["suite"] == options.suite]
-    print((loop_table if options.suite == LOOPS else summarize_rows)(rows))
+    print(write_table(rows))
     return 1 if any(row["status"] in ("invalid", "failed") for row in rows) else 0
 
 
