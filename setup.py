@@ -46,7 +46,7 @@ EXTRAS = {
     # The engine's own probes, PSNR and SSIM are enough today; torch-fidelity (FID) is left out, since it needs
     # torchvision.
     "eval": ["soda-engine[engine]"],
-    "bench": ["matplotlib>=3.8", "nvtx>=0.2.10", "pytest>=8.2", "pytest-benchmark>=4.0"],
+    "bench": ["jinja2>=3.1", "matplotlib>=3.8", "nvtx>=0.2.10", "pytest>=8.2", "pytest-benchmark>=4.0"],
     "test": [
         "hypothesis>=6.100",
         "mypy>=1.11",

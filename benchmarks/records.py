@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.checkout import carried_commit, sources_digest, tables_digest
+from benchmarks.resuming import append_lines
 from benchmarks.roofline import Ceilings
 from soda_engine.environment import environment
-from soda_engine.records import to_json
 
 SCHEMA = 1
 
@@ -21,12 +21,14 @@ SCHEMA = 1
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the versions and the checkout; what the device does not have is null."""
     found = environment(device)
-    commit = found.pop("git")
+    commit = found.pop("git") or carried_commit()
     on_gpu = device.type == "cuda"
     return {
         **found,
         "git": commit and commit.removesuffix("+"),
         "dirty": bool(commit and commit.endswith("+")),
+        "sources": sources_digest(),
+        "tables": tables_digest(),
         "driver": _nvidia_smi("driver_version") if on_gpu else None,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
@@ -72,7 +74,7 @@ def new_row(**known: Any) -> dict[str, Any]:
         "schema": SCHEMA, "suite": None, "op": None, "case": None, "provider": None, "variant": None, "mode": None,
         "timer": None, "unit": "us",
         "stats": dict.fromkeys(("p50", "p20", "p80", "min", "n", "aa_spread")),
-        "bytes_min": None, "flops": None, "pct_ceiling": None, "bound": None,
+        "paired": None, "bytes_min": None, "flops": None, "pct_ceiling": None, "bound": None,
         "memory": dict.fromkeys(("peak_mib", "saved_for_backward_mib")),
         "launches": None,
         "check": dict.fromkeys(("rel_l2", "ratio_to_torch", "worst", "pass", "bitwise_rerun")),
@@ -86,7 +88,4 @@ def new_row(**known: Any) -> dict[str, Any]:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a file of one JSON object a line; it is on disk when this returns."""
-    with path.open("a") as file:
-        file.write(to_json(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [row])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +56,23 @@ class _Ready:
 
 def suite_rows(
     family: Family, cases: Sequence[Any], modes: Sequence[str], device: torch.device, pace: Pace,
-    providers: Sequence[Provider] | None = None,
+    providers: Sequence[Provider] | None = None, wanted: Callable[[Any, str], bool] = lambda _case, _mode: True,
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """Check and time every case, yielding the rows of one case and mode as soon as they are there.
 
     Args:
         providers: the family's if not given.
+        wanted: tells whether a case is to be measured in a mode.
     """
     constants = {"suite": family.suite, "env": describe_environment(device)}
     ceilings = measure_ceilings(device, quick=pace.quick_ceilings)
     for case in cases:
+        wanted_modes = [mode for mode in case_modes(case, modes) if wanted(case, mode)]
+        if not wanted_modes:
+            continue
         problem = family.problem(case, device, grad=True)
         by_key, handed = (_yardsticks(family, case, problem, handed) for handed in (False, True))
-        for mode in case_modes(case, modes):
+        for mode in wanted_modes:
             ready = {
                 provider.name: _prepare(family, provider, problem, mode, handed if provider.draws else by_key)
                 for provider in providers or family.providers
@@ -143,6 +147,9 @@ def _measure(
                 timed_row["stats"] = timers.summarize(times[name]) | {
                     "aa_spread": timers.spread(times[BASELINE], times[_AGAIN]) if BASELINE in times else None
                 }
+                if name != BASELINE and BASELINE in times:
+                    beside = timers.pair(times[name], times[BASELINE], times[_AGAIN])
+                    timed_row["paired"] = {"to": BASELINE, **beside}
                 least = ceilings.least_us(row["bytes_min"], row["flops"])
                 timed_row["pct_ceiling"] = 100 * least / timed_row["stats"]["p50"]
             rows.append(timed_row)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.providers import BASELINE, OURS
+from benchmarks.speed_ups import differs, rivals_of
 from benchmarks.tables import geometric_mean, table
 
 Row = dict[str, Any]
@@ -14,18 +15,11 @@ Row = dict[str, Any]
 
 def summarize_rows(rows: Sequence[Row]) -> str:
     """Write a table for each op, layout and timer, and below them what else has to be known."""
-    parts, rivals = [], _rivals(rows)
+    parts, rivals = [], rivals_of(rows)
     for op, layout, timer in dict.fromkeys((row["op"], row["case"]["layout"], row["timer"]) for row in rows):
         chosen = [row for row in rows if (row["op"], row["case"]["layout"], row["timer"]) == (op, layout, timer)]
         parts.append(_layout_table(layout, timer, chosen, rivals))
     return "\n\n".join([*parts, *filter(None, [_losses(rows, rivals), _kernels(rows), _not_timed(rows)])])
-
-
-def _rivals(rows: Sequence[Row]) -> list[str]:
-    """List the others that could run anything."""
-    return list(dict.fromkeys(
-        row["provider"] for row in rows if row["provider"] != OURS and row["status"] != "unavailable"
-    ))  # fmt: skip
 
 
 def speed_up(rows: Sequence[Row], case_id: str, mode: str, rival: str) -> tuple[float, float] | None:
@@ -75,11 +69,7 @@ def _gain(gain: tuple[float, float] | None) -> str:
     """Write a speed-up; one inside the spread of two equal things is marked as noise."""
     if gain is None:
         return "-"
-    return f"{gain[0]:.2f}x" if _differs(gain) else f"noise {gain[0]:.2f}x"
-
-
-def _differs(gain: tuple[float, float]) -> bool:
-    return max(gain[0], 1 / gain[0]) - 1 > gain[1]
+    return f"{gain[0]:.2f}x" if differs(*gain) else f"noise {gain[0]:.2f}x"
 
 
 def _mib(row: Row | None) -> str:
@@ -96,7 +86,7 @@ def _losses(rows: Sequence[Row], rivals: Sequence[str]) -> str:
         chosen = [row for row in rows if row["case"]["layout"] == layout and row["timer"] == timer]
         for rival in rivals:
             gain = speed_up(chosen, case_id, mode, rival)
-            if gain is not None and gain[0] < 1 and _differs(gain):
+            if gain is not None and gain[0] < 1 and differs(*gain):
                 lost.append(f"  {case_id} {layout} {mode} ({timer}): {gain[0]:.2f}x of {rival}")
     return "\n".join(["slower than a rival by more than the A/A spread:", *lost]) if lost else ""
 

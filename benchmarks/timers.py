@@ -140,6 +140,22 @@ def summarize(times_us: Sequence[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pair(times_us: Sequence[float], *baselines_us: Sequence[float]) -> dict[str, Any]:
+    """Return median and 20% and 80% quantiles of the ratio of a provider's time to the baseline's in the same round.
+
+    What slows a machine down for a while slows down both, so that these ratios scatter less than the times do.
+
+    Args:
+        baselines_us: its times, all of them in every round; their geometric mean counts.
+    """
+    ratios = [
+        time / statistics.geometric_mean(beside)
+        for time, *beside in zip(times_us, *baselines_us, strict=True)
+    ]  # fmt: skip
+    found = summarize(ratios)
+    return {key: found[key] for key in ("p50", "p20", "p80", "n")}
+
+
 def spread(first_us: Sequence[float], second_us: Sequence[float]) -> float:
     """Return by how much two timings of one thing differ, relative to the smaller: below it a difference is noise."""
     a, b = statistics.median(first_us), statistics.median(second_us)

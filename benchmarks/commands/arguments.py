@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,19 +30,25 @@ def add_command(commands: Any, name: str, function: Command, text: str) -> argpa
     return parser
 
 
-def add_case_arguments(parser: argparse.ArgumentParser, usual: Sequence[str]) -> None:
+def add_case_arguments(
+    parser: argparse.ArgumentParser, usual: Sequence[str], others: Mapping[str, Sequence[str]] | None = None
+) -> None:
     """Add the choice among the families' cases.
 
     Args:
         usual: shape sets where none are named.
+        others: names of what is no family, with those of its cases.
     """
+    others = others or {}
     shapes, layouts = (
         "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in FAMILIES.values())
         for kind in ("shapes", "layouts")
     )
     parser.add_argument(
-        "--cases", type=names("shape set", SHAPE_SETS), metavar="SETS",
-        help=f"shape sets with commas between: {shapes}; {','.join(usual)} if not given",
+        "--cases", type=names("shape set", (*SHAPE_SETS, *itertools.chain(*others.values()))), metavar="SETS",
+        help="; ".join([f"shape sets with commas between: {shapes}", *(
+            f"{name} has {', '.join(cases)}" for name, cases in others.items()
+        )]) + f"; {','.join(usual)} if not given",
     )  # fmt: skip
     parser.add_argument("--layouts", type=names("layout", LAYOUTS), metavar="LAYOUTS",
                         help=f"{layouts}; all if not given")  # fmt: skip

@@ -63,6 +63,8 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         (["run", "--suite", "sampling", "--layouts", "nchw"], "--layouts is nchw"),
         (["run", "--suite", "sampling", "--cases", "adm-256"], "adm-256 is no shape set of sampling"),
         (["run", "--colour"], "--colour"),
+        (["compare", "a.jsonl"], "AFTER"),
+        (["report", "gone.jsonl"], "gone.jsonl does not exist"),
     ],
     ids=" ".join,
 )

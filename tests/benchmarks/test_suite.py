@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 
 # The keys of benchmarks.md's schema.
 ROW = {
-    "schema", "suite", "op", "case", "provider", "variant", "mode", "timer", "unit", "stats", "bytes_min", "flops",
-    "pct_ceiling", "bound", "memory", "launches", "check", "config", "status", "reason", "env", "ceilings",
+    "schema", "suite", "op", "case", "provider", "variant", "mode", "timer", "unit", "stats", "paired", "bytes_min",
+    "flops", "pct_ceiling", "bound", "memory", "launches", "check", "config", "status", "reason", "env", "ceilings",
 }  # fmt: skip
 PARTS = {
     "case": {"N", "C", "H", "W", "G", "layout", "dtype", "param_dtype", "modulations"},
@@ -81,6 +81,9 @@ def test_what_is_right_is_timed(rows: dict[tuple[str, str], dict[str, Any]], mod
         assert row["pct_ceiling"] > 0
         assert row["check"]["pass"] and row["check"]["bitwise_rerun"]
         assert (row["memory"]["saved_for_backward_mib"] is None) == (mode == "fwd")
+    paired = rows["ours", mode]["paired"]
+    assert paired["to"] == "eager" and paired["n"] == rows["ours", mode]["stats"]["n"]
+    assert 0 < paired["p20"] <= paired["p50"] <= paired["p80"] and rows["eager", mode]["paired"] is None
     assert rows["ours", mode]["variant"] in ("native", "reference")
     assert rows["eager", mode]["check"]["ratio_to_torch"] == 1.0
 

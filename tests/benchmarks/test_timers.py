@@ -68,3 +68,10 @@ def test_statistics() -> None:
 def test_input_sets_exceed_twice_the_cache(size: int, sets: int) -> None:
     assert timers.num_input_sets(size, 50) == sets
     assert sets * size > 2 * 50
+
+
+def test_ratios_are_of_one_round() -> None:
+    slow_round = [10.0, 10.0, 40.0, 10.0, 10.0]  # the machine was busy in the third
+    baseline = [4 * us for us in slow_round]
+    found = timers.pair(slow_round, baseline, [us / 16 for us in baseline])
+    assert found == {key: pytest.approx(1.0) for key in ("p50", "p20", "p80")} | {"n": 5}
