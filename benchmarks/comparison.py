@@ -187,11 +187,9 @@ class _Measured:
     @staticmethod
     def of(first: dict[Any, Row], second: dict[Any, Row], key: Any, *, use_baseline: bool) -> _Measured:
         pair = first[key], second[key]
-        baselines = [_baseline_of(rows[key], rows) if use_baseline else None for rows in (first, second)]
-        with_baseline = all(baselines) and pair[0]["provider"] != BASELINE
-        relative = _log_ratio(*pair) - _log_ratio(*baselines) if with_baseline else None
-        beside = baselines if with_baseline else [None, None]
-        widths = [_half_width(*each) for each in zip(pair, beside, strict=True)]
+        baselines = _baselines(first, second, key) if use_baseline and pair[0]["provider"] != BASELINE else None
+        relative = _log_ratio(*pair) - _log_ratio(*baselines) if baselines else None
+        widths = [_half_width(*each) for each in zip(pair, baselines or (None, None), strict=True)]
         errors = [_MEDIAN_ERROR * width / math.sqrt(row["stats"]["n"]) for width, row in zip(widths, pair, strict=True)]
         width = math.hypot(*widths) / math.sqrt(2)
         return _Measured(
@@ -226,19 +224,26 @@ def _is_wrong(row: Row) -> bool:
     return row["status"] in ("invalid", "failed")
 
 
-def _baseline_of(row: Row, rows: dict[tuple[str, ...], Row]) -> Row | None:
-    """Return the baseline's row beside a row, if it was timed."""
-    found = rows.get(_key(row | {"provider": BASELINE}))
-    return found if found and found["stats"]["p50"] else None
+def _baselines(first: dict[Any, Row], second: dict[Any, Row], key: Any) -> tuple[Row, Row] | None:
+    """Return the baseline's rows beside a row that were timed in both sets: of several variants the fastest."""
+    pairs = [
+        (row, second[other]) for other, row in first.items()
+        if row["provider"] == BASELINE and other in second and _place(row) == _place(first[key])
+    ]  # fmt: skip
+    timed = [pair for pair in pairs if all(row["stats"]["p50"] for row in pair)]
+    return min(timed, key=lambda pair: pair[0]["stats"]["p50"], default=None)
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return _device(row), *place_of(row)
 
 
 def _is_judged(row: Row, rows: dict[tuple[str, ...], Row]) -> bool:
     """Tell whether a row is more than the yardstick of those beside it."""
     if row["provider"] != BASELINE:
         return True
-    place = _device(row), place_of(row)
     beside = (other for other in rows.values() if other["provider"] != BASELINE and other["stats"]["p50"])
-    return all((_device(other), place_of(other)) != place for other in beside)
+    return all(_place(other) != _place(row) for other in beside)
 
 
 def _log_ratio(before: Row, after: Row, statistic: str = "p50") -> float:

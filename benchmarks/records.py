@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.checkout import carried_commit, sources_digest, tables_digest
+from benchmarks.resuming import append_lines
 from benchmarks.roofline import Ceilings
 from soda_engine.environment import environment
-from soda_engine.records import to_json
 
 SCHEMA = 1
 
@@ -22,12 +21,14 @@ SCHEMA = 1
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine, the versions and the checkout; what the device does not have is null."""
     found = environment(device)
-    commit = found.pop("git")
+    commit = found.pop("git") or carried_commit()
     on_gpu = device.type == "cuda"
     return {
         **found,
         "git": commit and commit.removesuffix("+"),
         "dirty": bool(commit and commit.endswith("+")),
+        "sources": sources_digest(),
+        "tables": tables_digest(),
         "driver": _nvidia_smi("driver_version") if on_gpu else None,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
@@ -85,21 +86,6 @@ def new_row(**known: Any) -> dict[str, Any]:
     return row | known
 
 
-def loss_curve_row(losses: Sequence[float], **known: Any) -> dict[str, Any]:
-    """Return a row of losses instead of times: `report` lays those of one case's providers over one another.
-
-    Args:
-        losses: one a step, from the first.
-        known: as of `new_row`: suite, case, provider and env at least.
-    """
-    return new_row(op="loss_curve", mode="train", timer="step", unit="loss", status="ok", **known) | {
-        "losses": list(losses)
-    }
-
-
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a file of one JSON object a line; it is on disk when this returns."""
-    with path.open("a") as file:
-        file.write(to_json(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_lines(path, [row])

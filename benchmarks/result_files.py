@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.providers import OURS
+
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
@@ -135,10 +137,13 @@ def newest_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def row_key(row: Row) -> tuple[str, ...]:
-    """Return what a row is of: suite, op, case, layout, dtype, provider, mode and timer."""
-    case = row["case"]
+    """Return what a row is of: suite, op, case, layout, dtype, provider, mode and timer; of others also the variant.
+
+    Ours is the backend or the kernel that was chosen, which another version may choose differently.
+    """
+    case, provider = row["case"], row["provider"]
     return tuple(
         str(part)
-        for part in (row["suite"], row["op"], case["id"], case.get("layout"), case.get("dtype"), row["provider"],
-                     row["mode"], row["timer"])
+        for part in (row["suite"], row["op"], case["id"], case.get("layout"), case.get("dtype"), provider,
+                     None if provider == OURS else row["variant"], row["mode"], row["timer"])
     )  # fmt: skip

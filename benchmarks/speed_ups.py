@@ -73,9 +73,19 @@ def place_of(row: Row) -> tuple[Any, ...]:
     return row["suite"], row["op"], case["id"], case.get("layout"), case.get("dtype"), row["mode"], row["timer"]
 
 
+def fastest_rows(rows: Sequence[Row]) -> list[Row]:
+    """Keep of each provider's variants in a place, such as its layouts, the fastest; of rows of one thing the last."""
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in newest_rows(rows):
+        key = (*place_of(row), row["provider"])
+        if key not in kept or (row["stats"]["p50"] or math.inf) < (kept[key]["stats"]["p50"] or math.inf):
+            kept[key] = row
+    return list(kept.values())
+
+
 def speed_ups(rows: Sequence[Row]) -> list[SpeedUp]:
-    """List the speed-ups over every rival wherever both were timed; of rows of one thing the last counts."""
-    timed = [row for row in newest_rows(rows) if row["status"] == "ok" and row["stats"]["p50"]]
+    """List the speed-ups over every rival, in its fastest variant, wherever both were timed."""
+    timed = [row for row in fastest_rows(rows) if row["status"] == "ok" and row["stats"]["p50"]]
     own_name = own_provider(timed)
     own = {place_of(row): row for row in timed if row["provider"] == own_name}
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,20 +57,25 @@ class _Ready:
 
 def suite_rows(
     family: Family, cases: Sequence[Any], modes: Sequence[str], device: torch.device, pace: Pace,
-    providers: Sequence[Provider] | None = None, traces: Path | None = None,
+    providers: Sequence[Provider] | None = None, wanted: Callable[[Any, str], bool] = lambda _case, _mode: True,
+    traces: Path | None = None,
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """Check and time every case, yielding the rows of one case and mode as soon as they are there.
 
     Args:
         providers: the family's if not given.
+        wanted: tells whether a case is to be measured in a mode.
         traces: a folder for a profiler trace of each case and mode, taken after its times.
     """
     constants = {"suite": family.suite, "env": describe_environment(device)}
     ceilings = measure_ceilings(device, quick=pace.quick_ceilings)
     for case in cases:
+        wanted_modes = [mode for mode in case_modes(case, modes) if wanted(case, mode)]
+        if not wanted_modes:
+            continue
         problem = family.problem(case, device, grad=True)
         by_key, handed = (_yardsticks(family, case, problem, handed) for handed in (False, True))
-        for mode in case_modes(case, modes):
+        for mode in wanted_modes:
             ready = {
                 provider.name: _prepare(family, provider, problem, mode, handed if provider.draws else by_key)
                 for provider in providers or family.providers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
 from benchmarks.cases import CPU_SETS, DTYPES, MODES
@@ -12,13 +12,22 @@ from benchmarks.commands.arguments import add_case_arguments, add_command, check
 from benchmarks.end_to_end.cases import CASE_NAMES, OPS
 from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import LOOPS, SUITES, choose_cases
+from benchmarks.providers import BASELINE
+
+if TYPE_CHECKING:
+    import torch
+
+    from benchmarks.journal import Journal
+
+ALL_SUITES = (*SUITES, LOOPS, END_TO_END)
+PROVIDERS = tuple(dict.fromkeys(each.name for family in SUITES.values() for each in family.providers))
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "run", run, "Time a suite: every provider, checked first, in turn with the others.")
     add_case_arguments(parser, CPU_SETS, {END_TO_END: CASE_NAMES})
-    parser.add_argument("--suite", choices=(*SUITES, LOOPS, END_TO_END), default="norm",
+    parser.add_argument("--suite", choices=ALL_SUITES, default="norm",
                         help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
                              "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; "
                              "%(default)s if not given")  # fmt: skip
@@ -30,9 +39,14 @@ def add_parser(commands: Any) -> None:
                         help="the activations'; fp32 on a CPU, bf16 on a GPU if not given")  # fmt: skip
     parser.add_argument("--ops", type=names("op", OPS), default=OPS, metavar="OPS",
                         help=f"of {', '.join(OPS)}, in the suite {END_TO_END}; all if not given")  # fmt: skip
+    parser.add_argument("--providers", type=names("provider", PROVIDERS), metavar="PROVIDERS",
+                        help=f"of {', '.join(PROVIDERS)}; each suite those that it has, all if not given")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     parser.add_argument("--json", type=Path, metavar="PATH",
                         help="append one JSON object a line there, as rows come in")  # fmt: skip
+    parser.add_argument("--resume", action="store_true",
+                        help="measure what the file of --json does not hold yet of these sources, versions and tuned "
+                             "tables; what has ended its process twice becomes rows that say so")  # fmt: skip
     parser.add_argument("--profile", type=Path, metavar="FOLDER",
                         help="also write a profiler trace (Chrome JSON) of three calls by each provider there, taken "
                              "after a case's times, with kernel calls as NVTX ranges")  # fmt: skip
@@ -41,57 +55,79 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Time and print; 1 where a row is invalid or failed."""
     check_writable(options.json)
+    if options.resume and options.json is None:
+        raise ValueError("--resume goes on with the file of --json, which is not given")
     import torch
 
-    from benchmarks.records import append_row
-    from benchmarks.suite import PACES, case_modes, suite_rows
+    from benchmarks.diffusion.loop import loop_table
+    from benchmarks.end_to_end.command import run_end_to_end
+    from benchmarks.end_to_end.tables import end_to_end_table
+    from benchmarks.journal import Journal
+    from benchmarks.records import describe_environment
     from benchmarks.summary import summarize_rows
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and PyTorch finds no CUDA device")
     device = torch.device(options.device)
-    on_cpu = device.type == "cpu"
-    dtype = options.dtype or ("fp32" if on_cpu else "bf16")
     if options.profile is not None and options.suite not in SUITES:
         raise ValueError(f"--profile is {options.profile}; the suite {options.suite} takes no traces")
-    if options.suite == END_TO_END:
-        from benchmarks.end_to_end.command import run_end_to_end
-
-        return run_end_to_end(options, device, dtype)
-    if options.suite == LOOPS:
-        return _run_loops(options, device, dtype)
-    family = SUITES[options.suite]
-    chosen = choose_cases([family], options.cases, options.layouts, dtype, usual=CPU_SETS, timed=True, on_cpu=on_cpu)
-    (cases,) = chosen.values()
-    parts = [(case, mode) for case in cases for mode in case_modes(case, options.modes)]
-    rows: list[dict[str, Any]] = []
-    pace = PACES["quick" if options.quick else "full"]
-    measured = suite_rows(family, cases, options.modes, device, pace, traces=options.profile)
-    try:
-        for index, (case, mode) in enumerate(parts):
-            tables.show_progress(f"{index + 1}/{len(parts)} {case.id} {case.layout} {mode}")
-            new = next(measured)
-            for row in new if options.json is not None else ():
-                append_row(options.json, row)
-            rows += new
-    finally:
-        tables.end_progress()
-    print(summarize_rows(rows))
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    journal = Journal(options.json, describe_environment(device), resume=options.resume)
+    others = {LOOPS: (_run_loops, loop_table), END_TO_END: (run_end_to_end, end_to_end_table)}
+    run_suite, write_table = others.get(options.suite, (_run_family, summarize_rows))
+    run_suite(options, device, dtype, journal)
+    rows = [row for row in journal.rows if row["suite"] == options.suite]
+    print(write_table(rows))
     return 1 if any(row["status"] in ("invalid", "failed") for row in rows) else 0
 
 
-def _run_loops(options: argparse.Namespace, device: Any, dtype: str) -> int:
-    from benchmarks.diffusion.loop import loop_cases, loop_rows, loop_table
-    from benchmarks.records import append_row
+def _run_family(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
+    """Measure the cases of one op."""
+    from benchmarks.journal import Part
+    from benchmarks.suite import PACES, case_modes, suite_rows
+
+    family = SUITES[options.suite]
+    providers = [each for each in family.providers if options.providers is None or each.name in options.providers]
+    if not providers:
+        raise ValueError(f"--providers is {','.join(options.providers)}, of which {options.suite} has none")
+    chosen = choose_cases(
+        [family], options.cases, options.layouts, dtype, usual=CPU_SETS, timed=True, on_cpu=device.type == "cpu"
+    )
+    (cases,) = chosen.values()
+    parts = {
+        (case, mode): Part(family.suite, case.op, case.to_dict(), mode)
+        for case in cases
+        for mode in case_modes(case, options.modes)
+    }
+    wanted = journal.wanted(parts, [provider.name for provider in providers])
+    pace = PACES["quick" if options.quick else "full"]
+    measured = suite_rows(
+        family, cases, options.modes, device, pace, providers, wanted=lambda case, mode: (case, mode) in wanted,
+        traces=options.profile,
+    )  # fmt: skip
+    try:
+        for index, (case, mode) in enumerate(wanted):
+            tables.show_progress(f"{index + 1}/{len(wanted)} {case.id} {case.layout} {mode}")
+            journal.take(parts[case, mode], measured)
+    finally:
+        tables.end_progress()
+
+
+def _run_loops(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
+    """Measure whole sampling loops."""
+    from benchmarks.diffusion.loop import GRAPHED, OP, loop_cases, loop_rows
+    from benchmarks.journal import Part
     from benchmarks.suite import PACES
 
     if options.layouts is not None:
         raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {options.suite} has none")
-    pace, rows = PACES["quick" if options.quick else "full"], []
-    cases = loop_cases(options.cases, device)
-    for new in loop_rows(cases, device, dtype, budget_s=pace.budget_s, min_rounds=pace.min_rounds):
-        for row in new if options.json is not None else ():
-            append_row(options.json, row)
-        rows += new
-    print(loop_table(rows))
-    return 1 if any(row["status"] == "invalid" for row in rows) else 0
+    pace = PACES["quick" if options.quick else "full"]
+    parts = {case: Part(LOOPS, OP, case.to_dict(dtype), "fwd") for case in loop_cases(options.cases, device)}
+    wanted = journal.wanted(parts, (BASELINE, GRAPHED))
+    measured = loop_rows(wanted, device, dtype, budget_s=pace.budget_s, min_rounds=pace.min_rounds)
+    try:
+        for index, case in enumerate(wanted):
+            tables.show_progress(f"{index + 1}/{len(wanted)} {case.id}")
+            journal.take(parts[case], measured)
+    finally:
+        tables.end_progress()

@@ -44,6 +44,10 @@ class LoopCase:
         """In words: `cifar/64 images 50 ddim steps`."""
         return f"{self.shape_set}/{self.batch} images {self.num_steps} {self.method} steps"
 
+    def to_dict(self, dtype: str) -> dict[str, Any]:
+        """What identifies the case in a row of results."""
+        return {"id": self.id, "set": self.shape_set, "N": self.batch, "layout": "nchw", "dtype": dtype}
+
 
 LOOP_CASES = {
     "cifar": (
@@ -84,8 +88,7 @@ def loop_rows(
     for case in cases:
         run = _loop(case, device, DTYPES[dtype])
         row = new_row(
-            suite=LOOPS, op=OP, mode="fwd", timer="wall", env=env,
-            case={"id": case.id, "set": case.shape_set, "N": case.batch, "layout": "nchw", "dtype": dtype},
+            suite=LOOPS, op=OP, mode="fwd", timer="wall", env=env, case=case.to_dict(dtype),
             config={"preset": case.preset, "num_steps": case.num_steps, "method": case.method,
                     "cfg_scale": case.cfg_scale},
         )  # fmt: skip
@@ -146,10 +149,11 @@ def loop_table(rows: Sequence[dict[str, Any]]) -> str:
     for case_id in dict.fromkeys(row["case"]["id"] for row in rows):
         found = {row["provider"]: row for row in rows if row["case"]["id"] == case_id}
         eager, graphed = (found[name]["stats"]["p50"] for name in (BASELINE, GRAPHED))
+        spread = found[BASELINE]["stats"]["aa_spread"]
         lines.append([
-            case_id, f"{eager / 1e3:,.1f}", "-" if graphed is None else f"{graphed / 1e3:,.1f}",
-            "-" if graphed is None else f"{eager / graphed:.2f}x", f"{found[BASELINE]['stats']['aa_spread']:.1%}",
-            found[GRAPHED]["reason"] or "",
+            case_id, *("-" if time is None else f"{time / 1e3:,.1f}" for time in (eager, graphed)),
+            "-" if graphed is None else f"{eager / graphed:.2f}x", "-" if spread is None else f"{spread:.1%}",
+            found[BASELINE]["reason"] or found[GRAPHED]["reason"] or "",
         ])  # fmt: skip
     header = ["case", "eager", "graphed", "vs eager", "A/A", "not timed"]
     return f"{OP}, {rows[0]['case']['dtype']}, timer wall, median ms of a loop\n{table(header, lines)}"

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
 import torch
 
 from benchmarks import tables
-from benchmarks.end_to_end.cases import DTYPES, SUITE, choose_cases
-from benchmarks.end_to_end.suite import end_to_end_rows
-from benchmarks.end_to_end.tables import end_to_end_table
-from benchmarks.records import append_row
+from benchmarks.end_to_end.cases import DTYPES, LOSS_CURVE, SUITE, choose_cases
+from benchmarks.end_to_end.loss_curve import REFERENCE
+from benchmarks.end_to_end.providers import Contender, contenders
+from benchmarks.end_to_end.suite import MODES, case_ops, end_to_end_rows
+from benchmarks.journal import Journal, Part
+from benchmarks.providers import OURS
 from benchmarks.suite import PACES
 
 _FULL = {"budget_s": 12.0, "min_rounds": 5}
 """Steps take from 50 ms to seconds: this is some forty rounds of the smallest case and five of the largest."""
 
 
-def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str) -> int:
-    """Run the suite, print its table and return the command's exit status.
+def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
+    """Measure what the journal lacks.
 
     Raises:
         ValueError: an option has no meaning here.
@@ -29,15 +30,26 @@ def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str
         raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {SUITE} runs rivals in both")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype}; the suite {SUITE} has {' and '.join(DTYPES)}")
+
+    def chosen(op: str, dtype: str) -> list[Contender]:
+        return [way for way in contenders(op, dtype) if options.providers is None or way.provider in options.providers]
+
     cases = choose_cases(options.cases, device.type)
+    wanted = []
+    for case in cases:
+        for op in case_ops(case, options.ops, dtype):
+            measured_as = "train_step" if op == LOSS_CURVE else op
+            part = Part(SUITE, op, case.to_dict(measured_as, dtype), MODES[op])
+            names = (OURS, REFERENCE) if op == LOSS_CURVE else [way.provider for way in chosen(op, dtype)]
+            wanted += [(each, part) for each in journal.wanted({(case.name, op): part}, names)]
+    keys = {key for key, _ in wanted}
     pace = PACES["quick"] if options.quick else dataclasses.replace(PACES["full"], **_FULL)
-    rows: list[dict[str, Any]] = []
+    measured = end_to_end_rows(
+        cases, options.ops, device, dtype, pace, tables.show_progress, chosen,
+        wanted=lambda case, op: (case.name, op) in keys,
+    )  # fmt: skip
     try:
-        for new in end_to_end_rows(cases, options.ops, device, dtype, pace, tables.show_progress):
-            for row in new if options.json is not None else ():
-                append_row(options.json, row)
-            rows += new
+        for _, part in wanted:
+            journal.take(part, measured)
     finally:
         tables.end_progress()
-    print(end_to_end_table(rows))
-    return 1 if any(row["status"] in ("invalid", "failed") for row in rows) else 0

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timers
 from benchmarks.accuracy import check_step, relative_error
-from benchmarks.end_to_end.cases import SUITE, EndToEndCase
+from benchmarks.end_to_end.cases import LOSS_CURVE, SUITE, EndToEndCase
 from benchmarks.end_to_end.loss_curve import curve_rows
 from benchmarks.end_to_end.problems import EndToEndProblem, make_problem
 from benchmarks.end_to_end.providers import PLAIN, RESULTS, Built, Contender, contenders, no_bf16
@@ -26,7 +26,7 @@ from benchmarks.roofline import Ceilings, measure_ceilings
 from benchmarks.suite import Pace
 
 _AGAIN = "the better eager, again"
-_MODES = {"train_step": "fwd+bwd", "sample": "fwd", "encode": "fwd"}
+MODES = {"train_step": "fwd+bwd", "sample": "fwd", "encode": "fwd", LOSS_CURVE: "fwd+bwd"}
 
 Row = dict[str, Any]
 
@@ -34,6 +34,7 @@ Row = dict[str, Any]
 def end_to_end_rows(
     cases: Sequence[EndToEndCase], ops: Sequence[str], device: torch.device, dtype: str, pace: Pace,
     say: Callable[[str], None] = lambda _text: None, chosen: Callable[[str, str], list[Contender]] = contenders,
+    wanted: Callable[[EndToEndCase, str], bool] = lambda _case, _op: True,
 ) -> Iterator[list[Row]]:  # fmt: skip
     """Check and time every op of every case, yielding the rows of one as soon as they are there.
 
@@ -41,19 +42,30 @@ def end_to_end_rows(
         dtype: of products and convolutions; weights, images and the optimizer are fp32.
         say: is told what is being done.
         chosen: lists who runs an op.
+        wanted: tells whether an op of a case is to be measured.
     """
     env, ceilings = describe_environment(device), measure_ceilings(device, quick=pace.quick_ceilings)
     constants = {"suite": SUITE, "timer": "wall", "env": env, "ceilings": describe_ceilings(ceilings)}
     for case in cases:
+        wanted_ops = [op for op in case_ops(case, ops, dtype) if wanted(case, op)]
+        if not wanted_ops:
+            continue
         problem = make_problem(case, device, dtype)
         try:
-            for op in ops:
-                yield _measure(problem, op, chosen(op, dtype), pace, ceilings, constants, say)
-            if case.curve_steps and "train_step" in ops and dtype == "fp32":
+            for op in wanted_ops:
+                if op != LOSS_CURVE:
+                    yield _measure(problem, op, chosen(op, dtype), pace, ceilings, constants, say)
+                    continue
                 say(f"{case.name} loss curves")
                 yield curve_rows(problem, case.curve_steps, {"suite": SUITE, "env": env})
         finally:
             shutil.rmtree(problem.folder)
+
+
+def case_ops(case: EndToEndCase, ops: Sequence[str], dtype: str) -> list[str]:
+    """Return some ops of a case, and its loss curves where it has them: they come with training steps in fp32."""
+    has_curve = case.curve_steps and "train_step" in ops and dtype == "fp32"
+    return [*ops, *([LOSS_CURVE] if has_curve else [])]
 
 
 def _measure(
@@ -69,7 +81,7 @@ def _measure(
     for way in ways:
         say(f"{case.name} {op}: checking {way.name}")
         row = new_row(
-            **constants, op=op, mode=_MODES[op], provider=way.provider, variant=way.variant, flops=flops,
+            **constants, op=op, mode=MODES[op], provider=way.provider, variant=way.variant, flops=flops,
             bound="compute", case=case.to_dict(op, way.dtype),
         ) | {"images_per_s": None, "mfu": None}  # fmt: skip
         rows[way.name] = row | _prepare(way, problem, op, yardsticks, ready)

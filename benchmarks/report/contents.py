@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.providers import BASELINE
+from benchmarks.providers import BASELINE, OURS
 from benchmarks.result_files import ResultFile, Row, newest_rows
-from benchmarks.speed_ups import SpeedUp, own_provider, place_of, rivals_of
+from benchmarks.speed_ups import SpeedUp, fastest_rows, own_provider, place_of, rivals_of
 from benchmarks.tables import geometric_mean
 
 _LONG_US = 20_000.0
@@ -109,7 +109,7 @@ def case_table(rows: Sequence[Row], gains: Sequence[SpeedUp]) -> Table:
         rows: of one op, layout, dtype and timer, or of several, which are then named.
         gains: of those rows.
     """
-    rows, own, rivals = newest_rows(rows), own_provider(rows), rivals_of(rows)
+    rows, own, rivals = fastest_rows(rows), own_provider(rows), rivals_of(rows)
     times = [row["stats"]["p50"] for row in rows if row["stats"]["p50"]]
     unit, scale = ("ms", 1e3) if times and statistics.median(times) > _LONG_US else ("us", 1.0)
     places: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -136,7 +136,10 @@ def case_table(rows: Sequence[Row], gains: Sequence[SpeedUp]) -> Table:
 def _time_cell(row: Row | None, scale: float) -> Cell:
     if row is None or row["status"] != "ok":
         return Cell(row["status"] if row else "–", "missing")
-    return Cell("–", "missing") if row["stats"]["p50"] is None else Cell(f"{row['stats']['p50'] / scale:,.1f}")
+    if row["stats"]["p50"] is None:
+        return Cell("–", "missing")
+    variant = f" {row['variant']}" if row["variant"] and row["provider"] != OURS else ""
+    return Cell(f"{row['stats']['p50'] / scale:,.1f}{variant}")
 
 
 def _gain_cell(gain: SpeedUp | None) -> Cell:
@@ -153,7 +156,8 @@ def _memory_cell(row: Row | None) -> Cell:
 def name_of(row: Row) -> str:
     """Name what a row is of in words, but for its provider; the wall clock is not named."""
     case, timer = row["case"], row["timer"]
-    parts = row["op"], case["id"], case.get("layout"), row["mode"], None if timer == "wall" else timer
+    variant = None if row["provider"] == OURS else row["variant"]
+    parts = row["op"], case["id"], case.get("layout"), variant, row["mode"], None if timer == "wall" else timer
     return " ".join(filter(None, parts))
 
 

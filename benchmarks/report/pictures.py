@@ -115,8 +115,7 @@ def size_sweep(title: str, gains: Sequence[SpeedUp]) -> Picture | None:
             one_a_size = len(set(sizes)) == len(sizes)  # else a line would go up and down within a size
             axes.plot(
                 sizes, [gain.ratio for gain in points], markersize=4, linewidth=1.2 if one_a_size else 0,
-                color=SERIES[index % len(SERIES)], marker=MARKERS[index % len(MARKERS)],
-                label=f"{mode}, over {rival}",
+                color=SERIES[index % len(SERIES)], marker=MARKERS[index % len(MARKERS)], label=f"{mode}, over {rival}",
             )  # fmt: skip
         axes.axhline(1.0, color=INK, linewidth=1)
         axes.set(xscale="log", yscale="log")

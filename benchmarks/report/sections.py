@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.providers import BASELINE
+from benchmarks.providers import BASELINE, OURS
 from benchmarks.report import pictures
 from benchmarks.report.contents import (
     Table,
@@ -98,4 +98,6 @@ def _loss_pictures(prefix: str, rows: Sequence[Row]) -> list[Picture]:
     for row in rows:
         if row["op"] == LOSS_CURVE and row["status"] == "ok":
             by_case.setdefault(row["case"]["id"], {})[row["provider"]] = row["losses"]
+    for curves in by_case.values():  # ours above the others
+        curves |= {name: curves.pop(name) for name in [OURS] if name in curves}
     return [pictures.loss_overlay(f"{prefix}, {case_id}: losses", curves) for case_id, curves in by_case.items()]

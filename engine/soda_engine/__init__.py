@@ -6,7 +6,9 @@ Names are imported when they are first used, so that the command line answers at
 from __future__ import annotations
 
 import importlib
+import tomllib
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PRESETS", "Soda", "SodaConfig", "TrainConfig", "Trainer", "load"]
 
-__version__ = metadata.version("soda-engine")
+
+def _version() -> str:
+    try:
+        return metadata.version("soda-engine")
+    except metadata.PackageNotFoundError:  # a checkout on the path, which was not installed
+        project = Path(__file__).parents[2] / "pyproject.toml"
+        return tomllib.loads(project.read_text())["project"]["version"]
+
+
+__version__ = _version()
 
 _HOMES = {
     "PRESETS": "presets",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from soda_engine import __version__
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": None if on_gpu else torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "package": metadata.version("soda-engine"),
+        "package": __version__,
         "git": _commit(),
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }

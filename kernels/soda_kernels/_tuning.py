@@ -70,28 +70,31 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def table_path(family: str, arch: str) -> Path:
-    """Return where a family's table for an architecture lies."""
-    return TABLES / f"{family}.{arch.replace('_', '')}.json"
+def table_path(family: str, arch: str, folder: Path | None = None) -> Path:
+    """Return where a family's table for an architecture lies, in the package if no folder is named."""
+    return (folder or TABLES) / f"{family}.{arch.replace('_', '')}.json"
 
 
 @functools.cache
-def load_table(family: str, arch: str) -> dict[str, dict[str, Any]]:
+def load_table(family: str, arch: str, folder: Path | None = None) -> dict[str, dict[str, Any]]:
     """Return the tuned configs by problem key; empty where nothing was tuned."""
-    path = table_path(family, arch)
+    path = table_path(family, arch, folder)
     return json.loads(path.read_text())["configs"] if path.exists() else {}
 
 
-def save_table(family: str, arch: str, configs: dict[str, dict[str, Any]], provenance: dict[str, Any]) -> Path:
+def save_table(
+    family: str, arch: str, configs: dict[str, dict[str, Any]], provenance: dict[str, Any], folder: Path | None = None
+) -> Path:
     """Merge tuned configs into a family's table, and say what measured them.
 
     Args:
         configs: a launch config's fields by problem key.
         provenance: device, versions, date and commit of the run that measured them.
+        folder: where tables are kept, the package's if not given.
     """
-    path = table_path(family, arch)
-    path.parent.mkdir(exist_ok=True)
-    merged = {**load_table(family, arch), **configs}
+    path = table_path(family, arch, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {**load_table(family, arch, folder), **configs}
     text = json.dumps({"provenance": provenance, "configs": dict(sorted(merged.items()))}, indent=1)
     partial = path.with_suffix(".partial")
     partial.write_text(text + "\n")

@@ -112,6 +112,17 @@ def test_another_pytorch_s_baseline_is_no_yardstick() -> None:
     assert found.others_baseline and found.changes[0].relative is None and not found.slower
 
 
+def test_variants_of_others_are_rows_of_their_own_and_the_fastest_is_the_yardstick() -> None:
+    rows = [
+        made_row("ours", 10.0, variant="native"), made_row("eager", 80.0, variant="nchw"),
+        made_row("eager", 40.0, variant="channels_last"),
+    ]  # fmt: skip
+    slow = changed(rows, **SLOW, variant="reference")
+    slow[1]["stats"]["p50"] *= 4
+    (change,) = compare([made_file(rows)], [made_file(slow)]).changes
+    assert change.is_slower and change.relative == pytest.approx(math.log(1.4))
+
+
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {
         name: str(write_rows(tmp_path / name / "rows.jsonl", rows))

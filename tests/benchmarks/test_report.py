@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.records import loss_curve_row
 from benchmarks.report.sections import section_of
 from benchmarks.report.writing import to_html, to_markdown
 from benchmarks.result_files import chosen_files, newest_files, read_results
 from benchmarks.speed_ups import speed_ups
-from tests.benchmarks.result_rows import ENV, made_file, made_row, write_rows
+from tests.benchmarks.result_rows import made_file, made_row, write_rows
 
 MEMORY = {"peak_mib": 12.0, "saved_for_backward_mib": 3.5}
 ROWS = [
@@ -24,8 +23,8 @@ ROWS = [
     made_row("ours", 30.0, case="c"), made_row("eager", 90.0, case="c"),
     made_row("compile", None, case="c", status="failed", reason="RuntimeError: out of luck"),
     *(made_row("apex", None, case=case, status="unavailable", reason="apex is not installed") for case in "abc"),
-    *(loss_curve_row([1.0, 0.5, None, 0.25], suite="e2e", case={"id": "run"}, provider=name, env=ENV)
-      for name in ("eager", "ours")),
+    *(made_row(name, None, suite="e2e", op="loss_curve") | {"losses": [1.0, 0.5, None, 0.25]}
+      for name in ("ours", "reference")),
 ]  # fmt: skip
 
 
@@ -83,6 +82,19 @@ def test_whiskers_are_the_rounds_own_where_they_were_paired() -> None:
     gains = speed_ups([made_row("ours", 10.0, paired=paired), made_row("eager", 40.0), made_row("compile", 20.0)])
     assert [(gain.low, gain.ratio, gain.high) for gain in gains[:1]] == [(2.0, 4.0, 5.0)]
     assert gains[1].low < gains[1].ratio == 2.0 < gains[1].high < 2.0 * (1.1 / 0.95)
+
+
+def test_a_rival_counts_in_its_faster_layout() -> None:
+    rows = [
+        made_row("ours", 10.0, variant="fp32"), made_row("eager", 40.0, variant="nchw"),
+        made_row("eager", 30.0, variant="channels_last"),
+        made_row("compile", None, variant="nchw", status="failed", reason="no luck"),
+        made_row("compile", 20.0, variant="channels_last"),
+    ]  # fmt: skip
+    assert [(gain.rival["provider"], gain.ratio) for gain in speed_ups(rows)] == [("eager", 3.0), ("compile", 2.0)]
+    text = to_markdown([section_of(made_file(rows))])
+    assert "| a | fwd | 10.0 | 30.0 channels_last | 20.0 channels_last | 3.00x | 2.00x |" in text
+    assert "compile, failed in 1 of 2 rows: no luck (norm a nchw nchw fwd)" in text
 
 
 def test_the_newest_file_of_each_suite_and_device_is_taken(tmp_path: Path) -> None:

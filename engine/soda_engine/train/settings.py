@@ -20,6 +20,7 @@ CONFIG_NAME = "config.json"
 _FREE_FIELDS = {
     "data", "out", "total_images", "max_minutes", "device", "threads", "precision", "channels_last", "kernels",
     "checkpoint_activations", "max_bad_steps", "tensorboard", "profile", "dry_run", "cadence", "dataset.workers",
+    "dataset.memory_mib",
 }  # fmt: skip
 
 

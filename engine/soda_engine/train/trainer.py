@@ -74,6 +74,8 @@ class Trainer:
 
     Attributes:
         model: the weights in training. ema: their moving average. progress: how far the run is, as far as it was read.
+        parallel: what a step calls for its losses: the model, wrapped where there are several processes.
+        interrupted: whether the last `train` ended because the user asked it to.
         read_every: how many steps may stay unread; 1 on a CPU, where reading is free.
 
     Raises:
@@ -112,6 +114,7 @@ class Trainer:
         self._unread: list[_Unread] = []
         self._metrics: dict[str, float] = {}  # of the last step that was read
         self._bad_steps_in_a_row = 0
+        self.interrupted = False
 
     def train(self) -> Progress:
         """Train until the images, the time or the user's patience runs out; then save.
@@ -131,7 +134,7 @@ class Trainer:
             enabled=self.processes.is_main,
         )  # fmt: skip
         start, window = time.monotonic(), (progress.images, progress.seconds)
-        interrupted = out_of_time = False
+        out_of_time = self.interrupted = False
         trace = traced(self.run / "profile", log.say, enabled=config.profile and self.processes.is_main)
         with (
             noted_interruption() as interruption, use_backend(config.kernels), contextlib.closing(log),
@@ -145,10 +148,10 @@ class Trainer:
                 with span("data"):
                     batch = next(batches)
                 self.step(batch, log)
+                progress.seconds += time.monotonic() - tick
                 due = self._passed(before, config.cadence.log_images)
                 if due or len(self._unread) >= self.read_every:
                     self.read(log)
-                progress.seconds += time.monotonic() - tick
                 log.advance(config.batch_size, **({"loss": f"{self._metrics['loss']:.4f}"} if self._metrics else {}))
                 if due:
                     rate = (progress.images - window[0]) / (progress.seconds - window[1])
@@ -156,10 +159,10 @@ class Trainer:
                     log.write("train", progress.images, self._window() | self._metrics | {"images_per_second": rate})
                     progress.window_loss, progress.window_steps = 0.0, 0
                 minutes = (time.monotonic() - start) / 60
-                interrupted, out_of_time = self.processes.any(
+                self.interrupted, out_of_time = self.processes.any(
                     interruption.is_set(), config.max_minutes is not None and minutes >= config.max_minutes
                 )
-                if interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
+                if self.interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
                     break
                 self._milestones(before, log)
                 end_step()
@@ -172,7 +175,7 @@ class Trainer:
             saved = self.save()
             log.say(
                 f"{progress.images:,} images seen: {self.run} is complete" if finished else
-                f"{'interrupted' if interrupted else 'stopped'} at {progress.images:,} images, saved as {saved}; "
+                f"{'interrupted' if self.interrupted else 'stopped'} at {progress.images:,} images, saved as {saved}; "
                 "the same command goes on from there"
             )  # fmt: skip
         return progress
@@ -219,7 +222,9 @@ class Trainer:
         unread, self._unread = self._unread, []
         progress, longest = self.progress, 0
         measured = [step.measured for step in unread if step.measured is not None]
+        start = time.monotonic()
         rows = iter(torch.stack(measured).tolist() if measured else [])
+        progress.seconds += time.monotonic() - start  # which a GPU still needed for the steps
         for step in unread:
             if step.measured is None:
                 self._metrics = {"loss": math.nan}

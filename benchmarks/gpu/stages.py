@@ -1,0 +1,132 @@
+"""What a GPU machine is asked for, in order, as data: the parts of each stage and the commands that do them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.checkout import ROOT
+from benchmarks.commands import run
+from benchmarks.families import FAMILIES
+
+STAGES = ("tests", "tune", "suite", "e2e", "train")
+END_TO_END = "e2e"
+TRAINING = "train_cifar10"
+PATHS = ("ours", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One command, which goes on where it was when it is run again."""
+
+    name: str
+    stage: str
+    arguments: tuple[str, ...]
+    """Of the Python interpreter."""
+    done: tuple[int, ...] = (0, 1)
+    """Exit codes with which it has done its work; any but 0 says that not all was well."""
+    missing: str | None = None
+    """Why it cannot run here, if so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where a round's results go: one file of rows for the suites, one of the tuner's, one of tests, and runs."""
+
+    folder: Path
+    stem: str
+
+    def file(self, kind: str | None = None) -> Path:
+        """Return a file of JSON lines: `<date>-<git>.jsonl` holds the rows of all suites."""
+        return self.folder / (f"{self.stem}-{kind}.jsonl" if kind else f"{self.stem}.jsonl")
+
+    @property
+    def tables(self) -> Path:
+        """Where a rehearsal keeps tuned tables, which are not for the package."""
+        return self.folder / "tables"
+
+
+def list_parts(
+    places: Places, *, stages: Sequence[str], data: Path | None, train_minutes: float, rehearse: bool
+) -> list[Part]:
+    """List what is to be done, in order.
+
+    Args:
+        data: the folder with CIFAR-10.
+        train_minutes: the wall-clock budget of each training.
+        rehearse: everything tiny, on a CPU.
+    """
+    parts = [_tests(places), _tuning(places), *_suites(places), *_trainings(places, data, train_minutes)]
+    chosen = [part for part in parts if part.stage in stages]
+    return [_rehearsed(part, places) for part in chosen] if rehearse else chosen
+
+
+def _tests(places: Places) -> Part:
+    return Part(
+        name="tests", stage="tests", done=(0, 1, 5),  # 5: none is left
+        arguments=(
+            "-m", "pytest", "-p", "benchmarks.gpu.recorded_tests", "--outcomes", str(places.file("tests")), "-q",
+            "--continue-on-collection-errors", "-m", "gpu",
+        ),
+    )  # fmt: skip
+
+
+def _tuning(places: Places) -> Part:
+    return Part(
+        name="tune", stage="tune", done=(0,),
+        arguments=(
+            "-m", "benchmarks", "tune", "--family", ",".join(FAMILIES), "--json", str(places.file("tune")), "--resume",
+        ),
+    )  # fmt: skip
+
+
+def _suites(places: Places) -> list[Part]:
+    return [
+        Part(
+            name=f"suite {suite}", stage=END_TO_END if suite == END_TO_END else "suite",
+            arguments=(
+                "-m", "benchmarks", "run", "--suite", suite, "--device", "cuda", "--json", str(places.file()),
+                "--resume",
+            ),
+        )
+        for suite in run.ALL_SUITES
+    ]  # fmt: skip
+
+
+def _trainings(places: Places, data: Path | None, minutes: float) -> list[Part]:
+    missing = None
+    if not (ROOT / "benchmarks" / f"{TRAINING}.py").exists():
+        missing = f"this checkout has no benchmarks/{TRAINING}.py"
+    elif data is None:
+        missing = "no CIFAR-10: --data names its folder, `make carry DATA=DIR` brings it"
+    return [
+        Part(
+            name=f"train {path}", stage="train", done=(0,), missing=missing,
+            arguments=(
+                "-m", f"benchmarks.{TRAINING}", "--data", str(data), "--budget-minutes", f"{minutes:g}", "--path", path,
+                "--out", str(places.folder / f"{places.stem}-train-{path}"), "--device", "cuda",
+            ),
+        )
+        for path in PATHS
+    ]  # fmt: skip
+
+
+_REHEARSED_TESTS = ("tests/benchmarks/test_timers.py", "tests/benchmarks/test_roofline.py")
+_TINY = ("--cases", "tiny")
+_REHEARSALS = {
+    "tests": ("-m", "not gpu", *_REHEARSED_TESTS),
+    "tune": (*_TINY, "--rehearse"),
+    "suite": (*_TINY, "--quick", "--device", "cpu", "--modes", "fwd", "--providers", "ours,eager"),
+    "e2e": (*_TINY, "--quick", "--device", "cpu", "--providers", "ours,eager"),
+    "train": ("--device", "cpu"),
+}
+"""What is added to a part's arguments: of an option that is given twice, the last counts."""
+
+
+def _rehearsed(part: Part, places: Places) -> Part:
+    added = _REHEARSALS[part.stage]
+    if part.stage == "tune":
+        added = (*added, "--tables", str(places.tables))
+    return dataclasses.replace(part, arguments=(*part.arguments, *added))
