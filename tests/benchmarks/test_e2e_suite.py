@@ -58,6 +58,7 @@ def test_rows_of_an_op(rows: list[dict[str, Any]], op: str) -> None:
         assert (row["suite"], row["timer"], row["case"]["set"]) == ("e2e", "wall", "tiny")
         assert row["check"]["pass"] and row["check"]["bitwise_rerun"]
         assert row["stats"]["p50"] > 0 and row["stats"]["aa_spread"] is not None
+        assert (row["paired"] is None) == (key[0] == "eager")
         assert row["images_per_s"] == pytest.approx(row["case"]["N"] / row["stats"]["p50"] * 1e6)
         assert row["flops"] > 0 and row["mfu"] > 0 and row["memory"]["peak_mib"] > 0
     assert found["eager", "nchw"]["check"]["ratio_to_torch"] <= 1.0
