@@ -84,7 +84,7 @@ def _part(group: tuple[str, ...], rows: Sequence[Row], gains: Sequence[SpeedUp])
     drawn.append(pictures.size_sweep(f"{title}: speed-ups by size", gains))
     for kind, name in (("peak_mib", "peak memory"), ("saved_for_backward_mib", "saved for backward")):
         kept = fastest_rows(rows)
-        if kind != "peak_mib":  # what others save is the baseline's, or not told
+        if kind != "peak_mib":  # as the tables: ours beside the baseline
             kept = [row for row in kept if row["provider"] in (own_provider(rows), BASELINE)]
         for mode in dict.fromkeys(row["mode"] for row in kept):
             of_mode = [row for row in kept if row["mode"] == mode]
