@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks.result_files import RESULTS
 from benchmarks.trials import slowed
 
-KEPT = sorted(RESULTS.glob("*/*-comparison.json"))
+KEPT = sorted(RESULTS.glob("*/*-comparison*.json"))
 
 
 def test_a_planted_slowdown_has_its_size() -> None:
@@ -26,9 +27,9 @@ def test_a_planted_slowdown_has_its_size() -> None:
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
-def test_kept_trials_are_right_ten_times_of_ten(path: object) -> None:
-    kept = json.loads(path.read_text())  # type: ignore[attr-defined]
-    assert kept["slowdown"] == 0.2 and kept["of"] >= 10
+def test_kept_trials_were_all_quiet_and_all_caught(path: Path) -> None:
+    kept = json.loads(path.read_text())
+    assert kept["slowdown"] == 0.2 and kept["quiet"] == kept["caught"] == kept["of"] == len(kept["trials"]) >= 8
     for trial in kept["trials"]:
         assert not any(abs(row["agreed"]) > row["threshold"] for row in trial["equal"])
-        assert sum(row["agreed"] > row["threshold"] for row in trial["slowed"]) == trial["rows_caught"] > 0
+        assert any(row["agreed"] > row["threshold"] for row in trial["slowed"])
