@@ -186,9 +186,9 @@ def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractConte
         import torch._functorch.config
         import torch._inductor.config
 
-        # Else a backward writes its result over what the forward saved. The cache on disk does not tell such a backward,
-        # which another mode or run may have left there, from one that does not (PyTorch 2.13): the second call then
-        # differentiated its own result.
+        # Else a backward writes its result over what the forward saved. The cache on disk does not tell such a
+        # backward, which another mode or run may have left there, from one that does not (PyTorch 2.13): the second
+        # call then differentiated its own result.
         settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
         settings.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
     return settings

@@ -214,7 +214,7 @@ DRAWN = [
     ({"sampling": "stratified", "strata": 3}, TypeError, r"strata is 3; it must be a pair of ints \(first, total\)"),
     ({"sampling": "stratified", "strata": (0, 3.0)}, TypeError, r"strata is \(0, 3.0\); it must be a pair of ints"),
     ({"sampling": "stratified", "strata": (False, 3)}, TypeError, r"strata is \(False, 3\); it must be a pair of ints"),
-    ({"sampling": "stratified", "strata": (0, np.int64(2))}, ValueError, r"strata is \(0, 2\) for 3 samples; 0 <= first"),
+    ({"sampling": "stratified", "strata": (0, np.int64(2))}, ValueError, r"strata is \(0, 2\) for 3 samples; 0 <= "),
     ({"sampling": "stratified", "strata": (0, 3, 1)}, TypeError, r"strata is \(0, 3, 1\); it must be a pair of ints"),
     ({"sampling": "stratified", "step": torch.arange(3)}, ValueError,
      r"step has shape \(3,\); 'stratified' takes an int or a 0-d tensor"),
