@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -27,6 +28,8 @@ from benchmarks.suite import Pace
 
 _AGAIN = "the better eager, again"
 MODES = {"train_step": "fwd+bwd", "sample": "fwd", "encode": "fwd", LOSS_CURVE: "fwd+bwd"}
+_MALLOPT = {-1: 2**31 - 1, -4: 0}
+"""glibc's M_TRIM_THRESHOLD, the largest, and M_MMAP_MAX, none (malloc.h)."""
 
 Row = dict[str, Any]
 
@@ -44,6 +47,8 @@ def end_to_end_rows(
         chosen: lists who runs an op.
         wanted: tells whether an op of a case is to be measured.
     """
+    if device.type == "cpu":
+        keep_memory()
     env, ceilings = describe_environment(device), measure_ceilings(device, quick=pace.quick_ceilings)
     constants = {"suite": SUITE, "timer": "wall", "env": env, "ceilings": describe_ceilings(ceilings)}
     for case in cases:
@@ -173,6 +178,18 @@ def _spread(times: dict[str, list[float]]) -> float | None:
         return None
     again = times[_AGAIN]
     return min(timers.spread(times[name], again) for name in times if name.startswith(BASELINE))
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, in the whole process; nothing where it is not glibc.
+
+    Freed memory goes back to the system when it happens to lie at the heap's end, and then the next step waits for
+    fresh pages: the same step took 557 or 772 ms by what had run before in its process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
