@@ -13,7 +13,6 @@ from pathlib import Path
 
 from benchmarks.checkout import ROOT
 
-
 _HEARD_S = 1.0
 
 
