@@ -49,6 +49,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true",
                         help="measure what the file of --json does not hold yet of these sources, versions and tuned "
                              "tables; what has ended its process twice becomes rows that say so")  # fmt: skip
+    parser.add_argument("--profile", type=Path, metavar="FOLDER",
+                        help="also write a profiler trace (Chrome JSON) of three calls by each provider there, taken "
+                             "after a case's times, with kernel calls as NVTX ranges")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -64,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and PyTorch finds no CUDA device")
     device = torch.device(options.device)
+    if options.profile is not None and not set(options.suite) <= set(SUITES):
+        raise ValueError(f"--profile is {options.profile}; only {', '.join(SUITES)} take traces")
     journal = Journal(options.json, describe_environment(device), resume=options.resume)
     for suite in options.suite:
         own = options if len(options.suite) == 1 else _options_of(suite, options)
@@ -76,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
 def _options_of(suite: str, options: argparse.Namespace) -> argparse.Namespace | None:
     """Return the options with what a suite has of cases, layouts and providers; None where it has nothing of one."""
     if suite in SUITES:
-        there = {"cases": tuple(SUITES[suite].shapes), "layouts": SUITES[suite].layouts}
+        family = SUITES[suite]
+        providers = [provider.name for provider in family.providers]
+        there = {"cases": tuple(family.shapes), "layouts": family.layouts, "providers": providers}
     else:
         there = {"cases": {LOOPS: tuple(LOOP_CASES), END_TO_END: CASE_NAMES}[suite]}
     own = vars(options) | {"layouts": None}
@@ -113,8 +120,9 @@ def _run_family(suite: str, options: argparse.Namespace, device: torch.device, j
     wanted = journal.wanted(parts, [provider.name for provider in providers])
     pace = PACES["quick" if options.quick else "full"]
     measured = suite_rows(
-        family, cases, options.modes, device, pace, providers, wanted=lambda case, mode: (case, mode) in wanted
-    )
+        family, cases, options.modes, device, pace, providers, wanted=lambda case, mode: (case, mode) in wanted,
+        traces=options.profile,
+    )  # fmt: skip
     try:
         for index, (case, mode) in enumerate(wanted):
             tables.show_progress(f"{index + 1}/{len(wanted)} {case.id} {case.layout} {mode}")

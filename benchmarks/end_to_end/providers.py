@@ -120,7 +120,9 @@ def _moves(
     """Return what a first step has done."""
     found = []
     for part in PARTS:
-        weights, moved, followed = (list(getattr(each, part).parameters()) for each in (problem.weights, model, average))
+        weights, moved, followed = (
+            list(getattr(each, part).parameters()) for each in (problem.weights, model, average)
+        )
         momentum = flat([optimizer.state[parameter]["exp_avg"] for parameter in moved])
         found += [momentum, *((flat(now) - flat(weights)) * momentum for now in (moved, followed))]
     return *found, loss.reshape(1)

@@ -3,30 +3,31 @@
 Sources, labelled as in the project's notes on the paper (arXiv 2311.17901): [A] the authors' own words, [B] readers of
 the paper, [O] ours, where the paper's value could not be read.
 
-| field | digits | cifar10-small | cifar10 | imagenet64 | imagenet128 | source |
-|---|---|---|---|---|---|---|
-| encoder | ResNet-18 / 4 | ResNet-18 / 2 | ResNet-18 | ResNet-50 | ResNet-50 | [B] 18 small, 50 at scale; widths [O] |
-| stem | 3x3 | 3x3 | 3x3 | 3x3 | 7x7 | [B] 3x3 up to 64 px |
-| source, target px | 8, 8 | 16, 16 | 32, 32 | 64, 64 | 224, 128 | [B] independent; sizes [O] |
-| length of z | 64 | 128 | 128 | 2048 | 2048 | [O] |
-| sections | by level | by level | by level | by level | by level | [A] m + 1 of them; what pairs [O] |
-| masking, both rates | 0.12 | 0.12 | 0.12 | 0.12 | 0.12 | [O]; 0.12 was seen by one reader |
-| channels x levels | 16 x 2 | 24 x 2 | 128 x 3 | 192 x 4 | 256 x 5 | ADM-style [B]; sizes [O] |
-| blocks a level | 1 | 1 | 2 | 3 | 2 | ADM's [B]; 1 [O] |
-| attention at px | 4 | 8 | 16, 8 | 32, 16, 8 | 32, 16, 8 | at low resolutions [B]; which [O] |
-| head dim, groups | 16, 8 | 24, 8 | 64, 32 | 64, 32 | 64, 32 | ADM's; small ones [O] |
-| residuals | resampling blocks, sums / sqrt 2 | same | same | same | same | ADM's; [B] |
-| dropout | 0 | 0 | 0.1 | 0.1 | 0.1 | [B] 0.1; 0 [O] |
-| schedule | inverted cosine | same | same | same | same | [B] |
-| target | v | v | eps | eps | eps | [B] eps; v [O] |
-| views | light | crops, flips | classification | same | same | [B]; light, crops and flips to a plain target [O] |
-| denoiser's rate | 3e-3 | 2e-3 | 1e-4 | 1e-4 | 1e-4 | [B] 1e-4, encoder x2; others [O] |
-| warm-up, images | 6k | 10k | 256k | 10M | 10M | [B]; lengths [O] |
-| then | cosine | constant | constant | constant | constant | [B] |
-| batch size | 128 | 128 | 256 | 1024 | 1024 | [O] |
-| epochs | 127 | until stopped | 800 | 800 | 800 | [B] 800 for ImageNet; others [O] |
+| field | digits | cifar10-small | cifar10-light | cifar10 | imagenet64 | imagenet128 | source |
+|---|---|---|---|---|---|---|---|
+| encoder | ResNet-18 / 4 | ResNet-18 / 2 | ResNet-18 | ResNet-18 | ResNet-50 | ResNet-50 | [B] 18 small, 50 at scale; widths [O] |
+| stem | 3x3 | 3x3 | 3x3 | 3x3 | 3x3 | 7x7 | [B] 3x3 up to 64 px |
+| source, target px | 8, 8 | 16, 16 | 32, 32 | 32, 32 | 64, 64 | 224, 128 | [B] independent; sizes [O] |
+| length of z | 64 | 128 | 512 | 128 | 2048 | 2048 | [O] |
+| sections | by level | by level | by level | by level | by level | by level | [A] m + 1 of them; what pairs [O] |
+| masking, both rates | 0.12 | 0.12 | 0.12 | 0.12 | 0.12 | 0.12 | [O]; 0.12 was seen by one reader |
+| channels x levels | 16 x 2 | 24 x 2 | 64 x 3 | 128 x 3 | 192 x 4 | 256 x 5 | ADM-style [B]; sizes [O] |
+| blocks a level | 1 | 1 | 1 | 2 | 3 | 2 | ADM's [B]; 1 [O] |
+| attention at px | 4 | 8 | 8 | 16, 8 | 32, 16, 8 | 32, 16, 8 | at low resolutions [B]; which [O] |
+| head dim, groups | 16, 8 | 24, 8 | 64, 32 | 64, 32 | 64, 32 | 64, 32 | ADM's; small ones [O] |
+| residuals | resampling blocks, sums / sqrt 2 | same | same | same | same | same | ADM's; [B] |
+| dropout | 0 | 0 | 0 | 0.1 | 0.1 | 0.1 | [B] 0.1; 0 [O] |
+| schedule | inverted cosine | same | same | same | same | same | [B] |
+| target | v | v | v | eps | eps | eps | [B] eps; v [O] |
+| views | light | crops, flips | classification | same | same | same | [B]; light, crops and flips to a plain target [O] |
+| denoiser's rate | 3e-3 | 2e-3 | 1e-3 | 1e-4 | 1e-4 | 1e-4 | [B] 1e-4, encoder x2; others [O] |
+| warm-up, images | 6k | 10k | 256k | 256k | 10M | 10M | [B]; lengths [O] |
+| then | cosine | constant | constant | constant | constant | constant | [B] |
+| batch size | 128 | 128 | 512 | 256 | 1024 | 1024 | [O] |
+| epochs | 127 | until stopped | until stopped | 800 | 800 | 800 | [B] 800 for ImageNet; others [O] |
 
-All have the paper's betas, weight decay, clip, EMA decay and two rates [B]. The small two are for minutes on a CPU.
+All have the paper's betas, weight decay, clip, EMA decay and two rates [B]. digits and cifar10-small are for minutes on
+a CPU, cifar10-light for minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -82,8 +83,34 @@ PRESETS: dict[str, TrainConfig] = {
             denoiser=DenoiserConfig(image_size=32, channels=128, multipliers=(1, 2, 2), attention_resolutions=(16, 8)),
             latent=LatentConfig(dim=128),
         ),
-        dataset=DatasetConfig(image_size=32),
+        dataset=DatasetConfig(image_size=32, workers=8),
         views=views_preset("classification"),
+    ),
+    # The encoder of cifar10 with a denoiser of a fifth of its operations: what is wanted is z, and in ten minutes the
+    # encoder should see as many images as a GPU can. Nothing of it has been tried on one.
+    "cifar10-light": TrainConfig(
+        data="uoft-cs/cifar10",
+        out="runs/cifar10-light",
+        total_images=40_000_000,
+        # Predicted for an H200 (benchmarks.training.phases): 35,000 images/s at most, against 31,000 at 256, where
+        # launches take more of a step, and 37,000 at 1,024, with half as many steps.
+        batch_size=512,
+        model=SodaConfig(
+            encoder=EncoderConfig(image_size=32),
+            denoiser=DenoiserConfig(
+                image_size=32, channels=64, multipliers=(1, 2, 2), blocks=1, attention_resolutions=(8,), dropout=0.0
+            ),
+            # As wide as the encoder's last stage, so that the projection to z loses nothing that a probe could use.
+            latent=LatentConfig(dim=512),
+            diffusion=DiffusionConfig(target="v"),  # for the reason given at digits
+        ),
+        dataset=DatasetConfig(image_size=32, workers=8),
+        views=views_preset("classification"),
+        # Between the 2e-3 that serves 24 channels at batch 128 and the paper's 1e-4 for models of months.
+        optim=OptimConfig(lr=1e-3),
+        cadence=CadenceConfig(
+            log_images=102_400, checkpoint_images=1_024_000, sample_images=2_048_000, probe_images=2_048_000
+        ),
     ),
     "cifar10-small": TrainConfig(
         data="uoft-cs/cifar10",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from soda_engine.config import DatasetConfig
-from soda_engine.data.datasets import TensorDataset, open_dataset
+from soda_engine.data.datasets import KeptDataset, TensorDataset, open_dataset
 from soda_engine.data.decoding import decode_image
 
 CIFAR10 = Path(__file__).resolve().parents[3] / "shared" / "data" / "cifar10"
@@ -93,6 +94,15 @@ def test_cifar10_labels_and_pixels_are_those_of_the_file() -> None:
     expected = np.asarray(Image.open(io.BytesIO(table["img"][17]["bytes"].as_py())).convert("RGB"))
     assert np.array_equal(dataset[17].permute(1, 2, 0), expected)
     assert dataset.name(17) == "test.parquet row 17"
+
+
+@pytest.mark.parametrize(("memory_mib", "kept"), [(1, True), (0, False)])
+def test_images_are_kept_in_memory_where_all_of_them_fit(tmp_path: Path, memory_mib: int, kept: bool) -> None:
+    file = write_parquet(tmp_path / "all.parquet", [png(i) for i in range(20)])
+    config = dataclasses.replace(SMALL, image_size=128, memory_mib=memory_mib)
+    assert isinstance(open_dataset(str(file), config, "train"), KeptDataset) is kept
+    larger = open_dataset(str(file), dataclasses.replace(config, image_size=144), "train")
+    assert not isinstance(larger, KeptDataset)  # 18 images of 144x144 take 1.07 MiB
 
 
 def test_parquet_folder_names_rows_by_file(tmp_path: Path) -> None:
@@ -253,6 +263,7 @@ def sources(tmp_path: Path) -> dict[str, Path]:
         ("two", {"test_split": "big"}, ValueError, r"no split 'big'; it has \['test', 'train'\]"),
         ("two", {"label_column": "label"}, ValueError, "class -2; classes count from 0"),
         ("two", {"image_size": 0}, ValueError, "image_size is 0"),
+        ("two", {"memory_mib": -1}, ValueError, "memory_mib is -1"),
         ("absent.parquet", {}, FileNotFoundError, "does not exist; name a folder"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, str | dict) else None,

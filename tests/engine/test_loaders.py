@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from soda_engine.data.datasets import ImageDataset, TensorDataset
+from soda_engine.data.datasets import ImageDataset, KeptDataset, TensorDataset
 from soda_engine.data.loaders import Batch, eval_loader, permutation, train_loader
 
 
@@ -25,7 +26,7 @@ class Unreadable(ImageDataset):
 
     def __init__(self, count: int, broken: set[int]) -> None:
         super().__init__(image_size=1, channels=1, labels=torch.arange(count), num_classes=count, class_names=None)
-        self.count, self.broken = count, broken
+        self.count, self.broken, self.asked = count, broken, list[int]()
 
     def __len__(self) -> int:
         return self.count
@@ -34,6 +35,7 @@ class Unreadable(ImageDataset):
         return f"image {index}"
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
+        self.asked += indices
         kept = [place for place, index in enumerate(indices) if index not in self.broken]
         pixels = torch.tensor([indices[place] for place in kept], dtype=torch.uint8).reshape(-1, 1, 1, 1)
         return pixels, kept, [self.name(index) for index in indices if index in self.broken]
@@ -114,6 +116,29 @@ def test_unreadable_images_are_left_out_and_named(workers: int) -> None:
     assert [batch.labels.tolist() for batch in batches] == [[], [2, 3], [5]]
     assert [batch.skipped for batch in batches] == [["image 0", "image 1"], [], ["image 4"]]
     assert batches[0].images.shape == (0, 1, 1, 1) and len(batches[0].epochs) == 0
+
+
+def test_a_kept_image_is_decoded_once_and_read_as_ever() -> None:
+    decoded = Unreadable(6, {4})
+    kept = KeptDataset(decoded)
+    for indices in ([3, 1], [1, 5, 3, 3], [4, 0, 2, 4, 5]):
+        expected, found = Unreadable(6, {4}).read(indices), kept.read(indices)
+        assert torch.equal(found[0], expected[0]) and found[1:] == expected[1:]
+    assert decoded.asked == [1, 3, 5, 0, 2, 4]
+    assert int(kept[-1]) == 5 and len(kept) == 6 and kept.labels() is decoded.labels()
+    found[0].zero_()  # what is handed out is the caller's own
+    assert kept.read([5])[0].item() == 5
+    kept.read([4])
+    assert decoded.asked[6:] == [4]  # what could not be decoded is tried again
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="processes share memory that was there before")
+def test_what_a_loader_process_decodes_is_there_for_all() -> None:
+    decoded = Unreadable(8, set())
+    kept = KeptDataset(decoded)
+    ids = take(itertools.islice(train_loader(kept, batch_size=4, seed=0, workers=2), 2))[0]
+    assert sorted(ids) == list(range(8)) and decoded.asked == []
+    assert kept.read(ids)[0].flatten().tolist() == ids and decoded.asked == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2], ids=["alone", "2-processes"])

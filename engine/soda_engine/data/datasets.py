@@ -1,11 +1,12 @@
 """Labelled images by index, from scikit-learn's digits or from anything that Hugging Face `datasets` reads.
 
-Images are decoded when they are asked for. One that cannot be decoded is skipped and reported by name: a broken file
-among a million must not end a run.
+Images are decoded when they are asked for, and those of a set that fits in memory stay there. One that cannot be
+decoded is skipped and reported by name: a broken file among a million must not end a run.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -143,6 +144,55 @@ class EncodedDataset(ImageDataset):
         return len(self._source)
 
 
+class KeptDataset(ImageDataset):
+    """Another data set, each of whose images stays in memory from its first reading on.
+
+    Decoding a JPEG of 32x32 takes 180 us of a core of an EPYC, fetching it from memory 1 us. The memory is shared with
+    loader processes that are forked later, so that an image which one of them decodes is there for all; a process that
+    is started anew instead keeps its own. It is taken from the system as it is filled.
+
+    Args:
+        dataset: where the images lie; those that cannot be decoded are tried again every time.
+    """
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        super().__init__(
+            image_size=dataset.image_size,
+            channels=dataset.channels,
+            labels=dataset.labels(),
+            num_classes=dataset.num_classes,
+            class_names=dataset.class_names,
+        )
+        self._dataset = dataset
+        # Arrays and not tensors, which would move through /dev/shm to a process started anew: 64 MiB in a container.
+        pixels = np.frombuffer(mmap.mmap(-1, max(1, num_bytes(dataset))), dtype=np.uint8, count=num_bytes(dataset))
+        self._pixels = pixels.reshape(len(dataset), dataset.channels, dataset.image_size, dataset.image_size)
+        self._there = np.frombuffer(mmap.mmap(-1, max(1, len(dataset))), dtype=np.bool_, count=len(dataset))
+
+    def name(self, index: int) -> str:
+        return self._dataset.name(index)
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
+        rows = np.asarray(indices, dtype=np.int64)
+        missing = np.unique(rows[~self._there[rows]])
+        if len(missing):
+            images, kept, _ = self._dataset.read(missing.tolist())
+            self._pixels[missing[kept]] = images.numpy()
+            # Last, since another process may read what is marked.
+            self._there[missing[kept]] = True
+        there = self._there[rows]
+        images = torch.from_numpy(self._pixels)[torch.from_numpy(rows[there])]
+        return images, np.flatnonzero(there).tolist(), [self.name(int(row)) for row in rows[~there]]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+
+def num_bytes(dataset: ImageDataset) -> int:
+    """Return how much memory all images of a data set take once they are decoded."""
+    return len(dataset) * dataset.channels * dataset.image_size**2
+
+
 class SelectedDataset(ImageDataset):
     """Some images of another data set.
 
@@ -193,10 +243,14 @@ def open_dataset(source: str, config: DatasetConfig, split: Split, seed: int = 0
             f"image_size is {config.image_size} and channels {config.channels}; "
             "the size must be positive and the channels 1 or 3"
         )
+    if config.memory_mib < 0:
+        raise ValueError(f"memory_mib is {config.memory_mib}; it must be at least 0")
     if source == "digits":
         return _open_digits(config, split, seed)
-    encoded = open_source(source, config, split, seed)
-    return EncodedDataset(encoded, image_size=config.image_size, channels=config.channels)
+    encoded = EncodedDataset(
+        open_source(source, config, split, seed), image_size=config.image_size, channels=config.channels
+    )
+    return KeptDataset(encoded) if num_bytes(encoded) <= config.memory_mib * 2**20 else encoded
 
 
 def _open_digits(config: DatasetConfig, split: Split, seed: int) -> TensorDataset:

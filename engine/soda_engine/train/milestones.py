@@ -35,7 +35,7 @@ def probe_latents(model: Soda, train_set: ImageDataset, test_set: ImageDataset) 
     Raises:
         ValueError: the sets cannot be probed: without labels, for example, or with too few images.
     """
-    train, test = (encode_dataset(model, _thin(dataset)) for dataset in (train_set, test_set))
+    train, test = (encode_dataset(model, thinned(dataset, MAX_PROBE_IMAGES)) for dataset in (train_set, test_set))
     if train_set.num_classes * train.z.shape[1] <= MAX_LOGISTIC_WEIGHTS:
         linear = logistic_probe(train, test).accuracy
     else:
@@ -43,9 +43,9 @@ def probe_latents(model: Soda, train_set: ImageDataset, test_set: ImageDataset) 
     return {"linear_probe": linear, "knn": knn_probe(train, test, device=model.device).accuracy}
 
 
-def _thin(dataset: ImageDataset) -> ImageDataset:
-    """Keep at most MAX_PROBE_IMAGES images, chosen at random once and for all."""
-    if len(dataset) <= MAX_PROBE_IMAGES:
+def thinned(dataset: ImageDataset, most: int) -> ImageDataset:
+    """Keep at most so many images, chosen at random once and for all."""
+    if len(dataset) <= most:
         return dataset
-    chosen = np.random.default_rng(0).choice(len(dataset), MAX_PROBE_IMAGES, replace=False)
+    chosen = np.random.default_rng(0).choice(len(dataset), most, replace=False)
     return SelectedDataset(dataset, torch.from_numpy(np.sort(chosen)))
