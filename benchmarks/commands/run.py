@@ -67,8 +67,9 @@ def run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and PyTorch finds no CUDA device")
     device = torch.device(options.device)
-    if options.profile is not None and not set(options.suite) <= set(SUITES):
-        raise ValueError(f"--profile is {options.profile}; only {', '.join(SUITES)} take traces")
+    untraced = [suite for suite in options.suite if suite not in SUITES]
+    if options.profile is not None and untraced:
+        raise ValueError(f"--profile is {options.profile}; the suite {untraced[0]} takes no traces")
     journal = Journal(options.json, describe_environment(device), resume=options.resume)
     for suite in options.suite:
         own = options if len(options.suite) == 1 else _options_of(suite, options)
