@@ -39,6 +39,7 @@ class Pace:
 
 PACES = {
     "full": Pace(budget_s=1.5, min_rounds=7, warm_up_s=3.0),
+    "brief": Pace(budget_s=0.5, min_rounds=5, warm_up_s=0.5),
     "quick": Pace(budget_s=0.05, min_rounds=3, quick_ceilings=True),
 }
 

@@ -46,7 +46,7 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_measures_nothing_twice(
     try:
         wait_for(lambda: any(path.stat().st_size for path in out.glob("*[0-9a-f].jsonl")), first)
         first.send_signal(signal.SIGINT)
-        output, _ = first.communicate(timeout=30)
+        output, _ = first.communicate()
     finally:
         first.kill()
     assert first.returncode == 130, output
@@ -71,18 +71,18 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_measures_nothing_twice(
     ]  # fmt: skip
     passed = Counter(row["test"] for row in tests if row["outcome"] == "passed")
     assert len(passed) > 5 and set(passed.values()) == {1}
-    assert {part["status"] for name, part in state_of(out).items() if not name.startswith("train")} == {"done"}
+    assert {part["status"] for part in state_of(out).values()} == {"done"}
+    for path in ("ours", "reference"):
+        assert [row["images"] for row in rows_in(out, f"-train/{path}.jsonl")] == [256]
 
     capfd.readouterr()
     assert main([*arguments, "--minutes", "0.01"]) == 0, "nothing is left to do"
-    assert "==" not in capfd.readouterr().out.replace("== train", "")
+    assert "==" not in capfd.readouterr().out
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -210,8 +210,10 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], monk
 
 def test_the_parts_on_a_gpu_come_in_order_and_resume(tmp_path: Path) -> None:
     places = Places(folder=tmp_path, stem="2026-01-02-abc")
+    (training,) = list_parts(places, stages=["train"], data=None, train_minutes=1, rehearse=False)
+    assert training.missing and "--data" in training.missing
     parts = list_parts(places, stages=STAGES, data=tmp_path, train_minutes=10, rehearse=False)
-    assert [each.stage for each in parts] == ["tests", "tune", "suites", "e2e", "train", "train"]
+    assert [each.stage for each in parts] == ["tests", "tune", "suites", "e2e", "train"]
     by_stage = {each.stage: each.arguments for each in parts}
     assert "--resume" in by_stage["tune"] and "group_norm,attention,diffusion" in by_stage["tune"]
     assert "norm,attention,diffusion,sampling" in by_stage["suites"] and "cuda" in by_stage["e2e"]
