@@ -21,7 +21,8 @@ from benchmarks.suite import PACES
 _LONGER: dict[str, dict[str, Any]] = {
     "full": {"budget_s": 12.0, "min_rounds": 5}, "brief": {"budget_s": 4.0, "min_rounds": 4}, "quick": {}
 }  # fmt: skip
-"""Than of a kernel. Steps take from 50 ms to seconds: the full pace is some forty rounds of the smallest case and five of the largest."""
+"""Than of a kernel: steps take from 50 ms to seconds, and the full pace is some forty rounds of the smallest case and
+five of the largest."""
 
 
 def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
