@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
 from benchmarks.cases import CPU_SETS, DTYPES, MODES
-from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
+from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names, pace_name
 from benchmarks.diffusion.loop import LOOP_CASES
 from benchmarks.end_to_end.cases import CASE_NAMES, OPS
 from benchmarks.end_to_end.cases import SUITE as END_TO_END
@@ -43,7 +43,9 @@ def add_parser(commands: Any) -> None:
                         help=f"of {', '.join(OPS)}, in the suite {END_TO_END}; all if not given")  # fmt: skip
     parser.add_argument("--providers", type=names("provider", PROVIDERS), metavar="PROVIDERS",
                         help=f"of {', '.join(PROVIDERS)}; each suite those that it has, all if not given")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--brief", action="store_true", help="fewer repetitions: A/A spreads are wider")
+    pace.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     parser.add_argument("--json", type=Path, metavar="PATH",
                         help="append one JSON object a line there, as rows come in")  # fmt: skip
     parser.add_argument("--resume", action="store_true",
@@ -82,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
 def _options_of(suite: str, options: argparse.Namespace) -> argparse.Namespace | None:
     """Return the options with what a suite has of cases, layouts and providers; None where it has nothing of one."""
     if suite in SUITES:
-        there = {"cases": tuple(SUITES[suite].shapes), "layouts": SUITES[suite].layouts}
+        family = SUITES[suite]
+        providers = [provider.name for provider in family.providers]
+        there = {"cases": tuple(family.shapes), "layouts": family.layouts, "providers": providers}
     else:
         there = {"cases": {LOOPS: tuple(LOOP_CASES), END_TO_END: CASE_NAMES}[suite]}
     own = vars(options) | {"layouts": None}
@@ -117,7 +121,7 @@ def _run_family(suite: str, options: argparse.Namespace, device: torch.device, j
         for mode in case_modes(case, options.modes)
     }
     wanted = journal.wanted(parts, [provider.name for provider in providers])
-    pace = PACES["quick" if options.quick else "full"]
+    pace = PACES[pace_name(options)]
     measured = suite_rows(
         family, cases, options.modes, device, pace, providers, wanted=lambda case, mode: (case, mode) in wanted,
         traces=options.profile,
@@ -139,7 +143,7 @@ def _run_loops(suite: str, options: argparse.Namespace, device: torch.device, jo
 
     if options.layouts is not None:
         raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {suite} has none")
-    pace, dtype = PACES["quick" if options.quick else "full"], _dtype(options, device)
+    pace, dtype = PACES[pace_name(options)], _dtype(options, device)
     parts = {case: Part(suite, OP, case.to_dict(dtype), "fwd") for case in loop_cases(options.cases, device)}
     wanted = journal.wanted(parts, (BASELINE, GRAPHED))
     measured = loop_rows(wanted, device, dtype, budget_s=pace.budget_s, min_rounds=pace.min_rounds)

@@ -81,7 +81,7 @@ def _measure(
     case, device = problem.case, problem.device
     ready: dict[str, Built] = {}
     rows: dict[str, Row] = {}
-    yardsticks = _Yardsticks(problem, op)
+    yardsticks = Yardsticks(problem, op)
     flops = yardsticks.flops()
     for way in ways:
         say(f"{case.name} {op}: checking {way.name}")
@@ -89,7 +89,7 @@ def _measure(
             **constants, op=op, mode=MODES[op], provider=way.provider, variant=way.variant, flops=flops,
             bound="compute", case=case.to_dict(op, way.dtype),
         ) | {"images_per_s": None, "mfu": None}  # fmt: skip
-        rows[way.name] = row | _prepare(way, problem, op, yardsticks, ready)
+        rows[way.name] = row | prepare(way, problem, op, yardsticks, ready)
     times = _time(ready, ways, device, pace, lambda name: say(f"{case.name} {op}: timing {name}"))
     for name, built in ready.items():
         row = rows[name]
@@ -104,7 +104,7 @@ def _measure(
     return list(rows.values())
 
 
-class _Yardsticks:
+class Yardsticks:
     """What an op's results are compared with: the reference path's in fp64, and its own error in a dtype."""
 
     def __init__(self, problem: EndToEndProblem, op: str) -> None:
@@ -132,10 +132,14 @@ class _Yardsticks:
         return counter.get_total_flops()
 
 
-def _prepare(
-    way: Contender, problem: EndToEndProblem, op: str, yardsticks: _Yardsticks, ready: dict[str, Built]
+def prepare(
+    way: Contender, problem: EndToEndProblem, op: str, yardsticks: Yardsticks, ready: dict[str, Built]
 ) -> dict[str, Any]:
-    """Build a contender, hold it against fp64, keep it if it passes, and return what its row says of that."""
+    """Build a contender, hold it against fp64, and return what its row says of that.
+
+    Args:
+        ready: is given the contender by its name if it passes.
+    """
     reason = no_bf16(problem.device) if way.dtype == "bf16" else None
     if reason is not None:
         return {"status": "unavailable", "reason": reason}

@@ -25,8 +25,16 @@ from benchmarks.gpu.rounds import Round, alone_in, folder_name
 from benchmarks.gpu.stages import STAGES, Part, Places, list_parts
 
 
-def rows_in(folder: Path, ending: str) -> list[dict[str, Any]]:
-    (path,) = (path for path in folder.glob(f"*{ending}") if not path.name.startswith("."))
+def file_in(folder: Path, kind: str = "") -> Path | None:
+    """The suites' rows, or those of the tuner or of tests."""
+    kinds = {"": folder.glob("20*-*.jsonl"), **{each: folder.glob(f"20*-{each}.jsonl") for each in ("tune", "tests")}}
+    found = {name: set(paths) for name, paths in kinds.items()}
+    found[""] -= found["tune"] | found["tests"]
+    return next(iter(found[kind]), None)
+
+
+def lines_of(path: Path | None) -> list[dict[str, Any]]:
+    assert path is not None
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -44,21 +52,22 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_measures_nothing_twice(
     first = subprocess.Popen([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, env=environment_of_parts(rehearse=True))  # fmt: skip
     try:
-        wait_for(lambda: any(path.stat().st_size for path in out.glob("*[0-9a-f].jsonl")), first)
+        wait_for(lambda: (path := file_in(out)) is not None and path.stat().st_size > 0, first)
         first.send_signal(signal.SIGINT)
-        output, _ = first.communicate(timeout=30)
+        output, _ = first.communicate()
     finally:
         first.kill()
     assert first.returncode == 130, output
     status = {name: part["status"] for name, part in state_of(out).items()}
     assert status["tests"] == status["tune"] == "done" and status["suites"] == "unfinished"
-    (path,) = out.glob("*[0-9a-f].jsonl")
+    path = file_in(out)
+    assert path is not None
     num_rows = path.read_text().count("\n")
     with path.open("a") as file:
         file.write('{"schema": 1, "suite": "no')  # as of a machine that was taken away
 
     assert main(arguments) == 0
-    rows, candidates, tests = (rows_in(out, ending) for ending in ("[0-9a-f].jsonl", "-tune.jsonl", "-tests.jsonl"))
+    rows, candidates, tests = (lines_of(file_in(out, kind)) for kind in ("", "tune", "tests"))
     assert num_rows < len(rows)
     times = Counter(json.dumps([row[part] for part in ("suite", "op", "case", "mode", "provider", "variant", "timer")])
                     for row in rows)  # fmt: skip
@@ -71,18 +80,18 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_measures_nothing_twice(
     ]  # fmt: skip
     passed = Counter(row["test"] for row in tests if row["outcome"] == "passed")
     assert len(passed) > 5 and set(passed.values()) == {1}
-    assert {part["status"] for name, part in state_of(out).items() if not name.startswith("train")} == {"done"}
+    assert {part["status"] for part in state_of(out).values()} == {"done"}
+    for name in ("ours", "reference"):
+        assert [row["images"] for row in lines_of(next(out.glob(f"*-train/{name}.jsonl")))] == [256]
 
     capfd.readouterr()
     assert main([*arguments, "--minutes", "0.01"]) == 0, "nothing is left to do"
-    assert "==" not in capfd.readouterr().out.replace("== train", "")
+    assert "==" not in capfd.readouterr().out
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -123,13 +132,13 @@ def test_a_part_that_takes_longer_than_a_chunk_goes_on_in_the_next(tmp_path: Pat
 def test_a_call_ends_in_time_and_the_next_goes_on(tmp_path: Path, do: Callable[..., int]) -> None:
     result = tmp_path / f"{Round(tmp_path, gpu._commit(), examined_device()).places.stem}.jsonl"
     begun = time.monotonic()
-    assert do(part("long", GOES_ON, result, 30), part("next", "pass"), minutes=0.1) == gpu.WORK_REMAINS
-    assert time.monotonic() - begun < 8
+    assert do(part("long", GOES_ON, result, 400), part("next", "pass"), minutes=0.1) == gpu.WORK_REMAINS
+    assert time.monotonic() - begun < 60, "and all of it takes 100 s"
     assert {name: each["status"] for name, each in state_of(tmp_path).items()} == {
         "long": "unfinished", "next": "unfinished",
     }  # fmt: skip
-    result.write_text("x" * 30)
-    assert do(part("long", GOES_ON, result, 30), part("next", "pass")) == 0
+    result.write_text("x" * 400)
+    assert do(part("long", GOES_ON, result, 400), part("next", "pass")) == 0
 
 
 def examined_device() -> str:
@@ -141,7 +150,9 @@ def test_what_went_wrong_is_done_and_said(
 ) -> None:
     failing = dataclasses.replace(part("absent", "pass"), missing="no data")
     assert do(part("bad rows", "raise SystemExit(1)"), part("fine", "pass"), failing) == 1
-    assert "absent    skipped       0      0.0            no data" in capfd.readouterr().out
+    assert ["absent", "skipped", "0", "0.0", "no", "data"] in [
+        line.split() for line in capfd.readouterr().out.splitlines()
+    ]
     assert do(part("bad rows", "raise SystemExit(1)"), part("fine", "pass"), failing) == 1
     assert state_of(tmp_path)["bad rows"] == {
         "status": "done", "reason": "ended with 1", "code": 1, "chunks": 1, "fruitless": 0,
@@ -170,7 +181,7 @@ def test_what_does_not_heed_an_interrupt_is_killed_with_what_it_started(tmp_path
     ended = run_chunk([sys.executable, "-c", STUBBORN, str(tmp_path / "pid")], environment=os.environ, seconds=2,
                       grace_s=0.5)  # fmt: skip
     assert (ended.code, ended.was_cut) == (-signal.SIGKILL, True)
-    assert 1.5 < time.monotonic() - begun < 6
+    assert 1.5 < time.monotonic() - begun < 40, "and it would take 60 s"
     child = Path("/proc") / (tmp_path / "pid").read_text().strip() / "status"
     time.sleep(0.2)
     assert not child.exists() or "zombie" in child.read_text()
@@ -210,8 +221,10 @@ def test_without_a_gpu_one_line_says_so(capsys: pytest.CaptureFixture[str], monk
 
 def test_the_parts_on_a_gpu_come_in_order_and_resume(tmp_path: Path) -> None:
     places = Places(folder=tmp_path, stem="2026-01-02-abc")
+    (training,) = list_parts(places, stages=["train"], data=None, train_minutes=1, rehearse=False)
+    assert training.missing and "--data" in training.missing
     parts = list_parts(places, stages=STAGES, data=tmp_path, train_minutes=10, rehearse=False)
-    assert [each.stage for each in parts] == ["tests", "tune", "suites", "e2e", "train", "train"]
+    assert [each.stage for each in parts] == ["tests", "tune", "suites", "e2e", "train"]
     by_stage = {each.stage: each.arguments for each in parts}
     assert "--resume" in by_stage["tune"] and "group_norm,attention,diffusion" in by_stage["tune"]
     assert "norm,attention,diffusion,sampling" in by_stage["suites"] and "cuda" in by_stage["e2e"]
