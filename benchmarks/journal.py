@@ -48,6 +48,10 @@ class Journal:
             mend(path)
             self.rows = measured_here(read_lines(path), environment, "tables")
 
+    def rows_of(self, suite: str) -> list[Row]:
+        """Return the rows of a suite."""
+        return [row for row in self.rows if row["suite"] == suite]
+
     def wanted(self, parts: Mapping[Key, Part], providers: Sequence[str]) -> list[Key]:
         """Return which parts have still to be measured, having kept rows that say so of those that are given up."""
         there: dict[str, set[tuple[str, str]]] = {}

@@ -9,28 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from soda_engine.roofline.devices import H200, Ceilings
 
-@dataclass(frozen=True, kw_only=True)
-class Ceilings:
-    """The most that a device reaches."""
-
-    copy_bytes_per_s: float
-    """Read and written together."""
-    matmul_flops_per_s: float
-    matmul_dtype: str = "bf16"
-
-    def least_us(self, num_bytes: float, flops: float) -> float:
-        """Return the time below which the device cannot move the bytes and do the operations."""
-        return 1e6 * max(num_bytes / self.copy_bytes_per_s, flops / self.matmul_flops_per_s)
-
-    def bound(self, num_bytes: float, flops: float) -> str:
-        """Say which of the two it waits for."""
-        by_bytes = num_bytes / self.copy_bytes_per_s >= flops / self.matmul_flops_per_s
-        return "memory" if by_bytes else "compute"
-
-
-# What kernels.md assumes of the H200; only measured ceilings stand beside measured times.
-H200 = Ceilings(copy_bytes_per_s=4.3e12, matmul_flops_per_s=790e12)
+__all__ = ["H200", "Ceilings", "measure_ceilings", "occupancy"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from benchmarks import timers
 from benchmarks.accuracy import Check, check_step
 from benchmarks.families import Family
-from benchmarks.profiles import longest_kernel
+from benchmarks.profiles import longest_kernel, write_trace
 from benchmarks.providers import BASELINE, OURS, Provider, Refused
 from benchmarks.records import describe_ceilings, describe_config, describe_environment, new_row
 from benchmarks.roofline import Ceilings, measure_ceilings
@@ -57,12 +58,14 @@ class _Ready:
 def suite_rows(
     family: Family, cases: Sequence[Any], modes: Sequence[str], device: torch.device, pace: Pace,
     providers: Sequence[Provider] | None = None, wanted: Callable[[Any, str], bool] = lambda _case, _mode: True,
+    traces: Path | None = None,
 ) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """Check and time every case, yielding the rows of one case and mode as soon as they are there.
 
     Args:
         providers: the family's if not given.
         wanted: tells whether a case is to be measured in a mode.
+        traces: a folder for a profiler trace of each case and mode, taken after its times.
     """
     constants = {"suite": family.suite, "env": describe_environment(device)}
     ceilings = measure_ceilings(device, quick=pace.quick_ceilings)
@@ -77,7 +80,12 @@ def suite_rows(
                 provider.name: _prepare(family, provider, problem, mode, handed if provider.draws else by_key)
                 for provider in providers or family.providers
             }
-            yield _measure(family, case, mode, problem, ready, pace, ceilings, constants)
+            rows = _measure(family, case, mode, problem, ready, pace, ceilings, constants)
+            if traces is not None:
+                name = "-".join((case.id, case.layout, mode)).replace("/", "-")
+                steps = {name: entry.step for name, entry in ready.items() if entry.step is not None}
+                write_trace(steps, traces / f"{name}.json", device)
+            yield rows
 
 
 def case_modes(case: Any, modes: Sequence[str]) -> list[str]:
@@ -188,11 +196,17 @@ def _prepare(family: Family, provider: Provider, problem: Problem, mode: str, ya
 
 def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractContextManager[Any]:
     """Let a compiled graph be differentiated again and again where the mode does so."""
-    if not (provider.compiled and mode == "bwd"):
-        return contextlib.nullcontext()
-    import torch._functorch.config
+    settings = contextlib.ExitStack()
+    if provider.compiled and mode == "bwd":
+        import torch._functorch.config
+        import torch._inductor.config
 
-    return torch._functorch.config.patch(donated_buffer=False)
+        # Else a backward writes its result over what the forward saved. The cache on disk does not tell such a
+        # backward, which another mode or run may have left there, from one that does not (PyTorch 2.13): the second
+        # call then differentiated its own result.
+        settings.enter_context(torch._functorch.config.patch(donated_buffer=False))
+        settings.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
+    return settings
 
 
 def _time(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -37,18 +36,18 @@ def add_case_arguments(
 
     Args:
         usual: shape sets where none are named.
-        others: names of what is no family, with those of its cases.
+        others: names of cases that are no family's, by what has them.
     """
     others = others or {}
     shapes, layouts = (
         "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in FAMILIES.values())
         for kind in ("shapes", "layouts")
     )
+    shapes = "; ".join((shapes, *(f"{name} has {', '.join(cases)}" for name, cases in others.items())))
+    accepted = (*SHAPE_SETS, *(case for cases in others.values() for case in cases))
     parser.add_argument(
-        "--cases", type=names("shape set", (*SHAPE_SETS, *itertools.chain(*others.values()))), metavar="SETS",
-        help="; ".join([f"shape sets with commas between: {shapes}", *(
-            f"{name} has {', '.join(cases)}" for name, cases in others.items()
-        )]) + f"; {','.join(usual)} if not given",
+        "--cases", type=names("shape set", accepted), metavar="SETS",
+        help=f"shape sets with commas between: {shapes}; {','.join(usual)} if not given",
     )  # fmt: skip
     parser.add_argument("--layouts", type=names("layout", LAYOUTS), metavar="LAYOUTS",
                         help=f"{layouts}; all if not given")  # fmt: skip

@@ -89,6 +89,8 @@ def _measure(
     for name, built in ready.items():
         row = rows[name]
         row["stats"] = timers.summarize(times[name]) | {"aa_spread": _spread(times)}
+        if row["provider"] != BASELINE and _AGAIN in times:
+            row["paired"] = {"to": BASELINE, **timers.pair(times[name], times[_AGAIN])}
         row["memory"] = row["memory"] | {"peak_mib": peak_mib(built.call, device)}
         seconds = row["stats"]["p50"] / 1e6
         row["config"] = built.config

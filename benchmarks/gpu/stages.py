@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.checkout import ROOT
-from benchmarks.commands import run
+from benchmarks.commands.run import ALL_SUITES
+from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import FAMILIES
 
-STAGES = ("tests", "tune", "suite", "e2e", "train")
-END_TO_END = "e2e"
+STAGES = ("tests", "tune", "suites", "e2e", "train")
+KERNEL_SUITES = tuple(suite for suite in ALL_SUITES if suite != END_TO_END)
 TRAINING = "train_cifar10"
 PATHS = ("ours", "reference")
 
@@ -58,7 +59,13 @@ def list_parts(
         train_minutes: the wall-clock budget of each training.
         rehearse: everything tiny, on a CPU.
     """
-    parts = [_tests(places), _tuning(places), *_suites(places), *_trainings(places, data, train_minutes)]
+    parts = [
+        _tests(places),
+        _tuning(places),
+        _suites(places, "suites", KERNEL_SUITES),
+        _suites(places, "e2e", (END_TO_END,)),
+        *_trainings(places, data, train_minutes),
+    ]
     chosen = [part for part in parts if part.stage in stages]
     return [_rehearsed(part, places) for part in chosen] if rehearse else chosen
 
@@ -82,17 +89,14 @@ def _tuning(places: Places) -> Part:
     )  # fmt: skip
 
 
-def _suites(places: Places) -> list[Part]:
-    return [
-        Part(
-            name=f"suite {suite}", stage=END_TO_END if suite == END_TO_END else "suite",
-            arguments=(
-                "-m", "benchmarks", "run", "--suite", suite, "--device", "cuda", "--json", str(places.file()),
-                "--resume",
-            ),
-        )
-        for suite in run.ALL_SUITES
-    ]  # fmt: skip
+def _suites(places: Places, stage: str, suites: Sequence[str]) -> Part:
+    return Part(
+        name=stage, stage=stage,
+        arguments=(
+            "-m", "benchmarks", "run", "--suite", ",".join(suites), "--device", "cuda", "--json", str(places.file()),
+            "--resume",
+        ),
+    )  # fmt: skip
 
 
 def _trainings(places: Places, data: Path | None, minutes: float) -> list[Part]:
@@ -118,8 +122,8 @@ _TINY = ("--cases", "tiny")
 _REHEARSALS = {
     "tests": ("-m", "not gpu", *_REHEARSED_TESTS),
     "tune": (*_TINY, "--rehearse"),
-    "suite": (*_TINY, "--quick", "--device", "cpu", "--modes", "fwd", "--providers", "ours,eager"),
-    "e2e": (*_TINY, "--quick", "--device", "cpu", "--providers", "ours,eager"),
+    "suites": (*_TINY, "--quick", "--device", "cpu", "--modes", "fwd", "--providers", "ours,eager"),
+    "e2e": (*_TINY, "--quick", "--device", "cpu", "--providers", "ours,eager", "--ops", "sample,encode"),
     "train": ("--device", "cpu"),
 }
 """What is added to a part's arguments: of an option that is given twice, the last counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.end_to_end.cases import LOSS_CURVE
 from benchmarks.providers import BASELINE, OURS
 from benchmarks.report import pictures
 from benchmarks.report.contents import (
@@ -18,10 +19,7 @@ from benchmarks.report.contents import (
 )  # fmt: skip
 from benchmarks.report.figures import Picture
 from benchmarks.result_files import ResultFile, Row, newest_rows
-from benchmarks.speed_ups import SpeedUp, own_provider, speed_ups
-
-LOSS_CURVE = "loss_curve"
-"""The op of rows that hold losses instead of times."""
+from benchmarks.speed_ups import SpeedUp, fastest_rows, own_provider, speed_ups
 
 
 @dataclass(kw_only=True)
@@ -85,7 +83,9 @@ def _part(group: tuple[str, ...], rows: Sequence[Row], gains: Sequence[SpeedUp])
         drawn.append(pictures.speed_up_bars(f"{title}, {mode}: speed-ups", of_mode))
     drawn.append(pictures.size_sweep(f"{title}: speed-ups by size", gains))
     for kind, name in (("peak_mib", "peak memory"), ("saved_for_backward_mib", "saved for backward")):
-        kept = [row for row in rows if row["provider"] in (own_provider(rows), BASELINE) or kind == "peak_mib"]
+        kept = fastest_rows(rows)
+        if kind != "peak_mib":  # as the tables: ours beside the baseline
+            kept = [row for row in kept if row["provider"] in (own_provider(rows), BASELINE)]
         for mode in dict.fromkeys(row["mode"] for row in kept):
             of_mode = [row for row in kept if row["mode"] == mode]
             drawn.append(pictures.memory_bars(f"{title}, {mode}: {name}", of_mode, kind))

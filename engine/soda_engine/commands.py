@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +12,7 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from soda_engine.config import DatasetConfig, TrainConfig, from_dict
+from soda_engine.config import DatasetConfig
 from soda_engine.data.datasets import ImageDataset, open_dataset
 from soda_engine.data.decoding import decode_image
 from soda_engine.environment import environment
@@ -24,7 +23,7 @@ from soda_engine.models.soda import Soda
 from soda_engine.records import write_json
 from soda_engine.train.checkpoint import list_checkpoints, load
 from soda_engine.train.distributed import resolve_device
-from soda_engine.train.settings import CONFIG_NAME
+from soda_engine.train.settings import load_settings
 
 Run = Annotated[str, tyro.conf.Positional]
 OptionalText = Annotated[str | None, tyro.conf.DisallowNone]  # else --help offers the word None as a value
@@ -79,13 +78,8 @@ class _ModelCommand:
 
     def dataset(self, model: Soda, split: Literal["train", "test"]) -> ImageDataset:
         """Open a part of --data, or of the data that the run was trained on."""
-        saved = Path(self.run) / CONFIG_NAME
-        try:
-            values = json.loads(saved.read_text()) if saved.is_file() else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{saved} is damaged: {error}") from error
-        if "dataset" in values:
-            config = from_dict(TrainConfig, values)
+        config = load_settings(Path(self.run))
+        if config is not None:
             return open_dataset(self.data or config.data, config.dataset, split, seed=config.seed)
         if self.data is None:
             raise ValueError(f"{self.run} does not say what it was trained on; give --data")

@@ -223,10 +223,15 @@ class TrainConfig:
     """Keep images and features channels-last in memory."""
     kernels: Literal["auto", "reference"] = "auto"
     """auto: the fastest kernel for the device; reference: plain PyTorch. They differ in speed alone."""
+    checkpoint_activations: Literal["none", "norms", "blocks"] = "none"
+    """What the denoiser's backward computes again instead of keeping it: norms' results, or all but the inputs of
+    blocks. Less memory, more time, the same results to the bit."""
     max_bad_steps: int = 5
     """Steps in a row with a NaN or infinite loss after which the run stops; such steps are skipped and counted."""
     tensorboard: bool = True
     """Also log to TensorBoard."""
+    profile: bool = False
+    """Name phases and kernel calls as NVTX ranges, and trace steps 6 to 10 of this call into OUT/profile."""
     dry_run: bool = False
     """Print the resolved settings and the model's size, and stop."""
     model: SodaConfig = field(default_factory=SodaConfig)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import tyro
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from soda_engine.config import SodaConfig, TrainConfig, to_dict
 from soda_engine.models.soda import Soda
 from soda_engine.presets import PRESETS
+from soda_engine.roofline.report import RooflineOptions, describe_roofline
+from soda_engine.roofline.saved import list_saved
 from soda_engine.train.checkpoint import load
 from soda_engine.train.distributed import resolve_device
+from soda_engine.train.logging import METRICS_NAME
+from soda_engine.train.settings import load_settings
 from soda_kernels import explain, native_status, register_flop_formulas
 
 
@@ -27,21 +30,37 @@ class Info:
 
     model: Annotated[str, tyro.conf.Positional]
     """A preset, a run's folder, a saved model's folder, or a name on the Hugging Face hub."""
-    batch_size: int = 1
-    """Images that FLOPs and memory are counted for."""
+    batch_size: Annotated[int | None, tyro.conf.DisallowNone] = None
+    """Images that FLOPs and memory are counted for; 1 if not given, and those of a step with --roofline."""
     out: Annotated[str | None, tyro.conf.DisallowNone] = None
     """Folder for info.txt, the same text; not written if not given."""
     device: str = "auto"
     """The device whose kernels are named: auto, cpu, cuda."""
 
+    step: Annotated[RooflineOptions, tyro.conf.arg(name="")] = field(default_factory=RooflineOptions)
+
     def __call__(self) -> None:
-        config = PRESETS[self.model].model if self.model in PRESETS else load(self.model).config
-        text = describe_model(config, self.batch_size, resolve_device(self.device))
+        text = self._of_a_step() if self.step.roofline else self._of_the_model()
         print(text)
         if self.out is not None:
             folder = Path(self.out)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "info.txt").write_text(text + "\n")
+
+
+    def _of_the_model(self) -> str:
+        config = PRESETS[self.model].model if self.model in PRESETS else load(self.model).config
+        return describe_model(config, 1 if self.batch_size is None else self.batch_size, resolve_device(self.device))
+
+    def _of_a_step(self) -> str:
+        run, options = Path(self.model), self.step
+        config = PRESETS.get(self.model) or load_settings(run)
+        if config is None:
+            known = ", ".join(PRESETS)
+            raise ValueError(f"--roofline takes a preset ({known}) or a run's folder; {self.model} is neither")
+        if self.model not in PRESETS and options.measured is None and (run / METRICS_NAME).is_file():
+            options = replace(options, measured=self.model)
+        return describe_roofline(self.model, config, self.batch_size, options)
 
 
 def describe(config: TrainConfig) -> str:
@@ -90,20 +109,10 @@ def describe_model(config: SodaConfig, batch_size: int, device: torch.device) ->
 
 def _measure(part: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[int, int]:
     """Return the FLOPs of a forward pass and the bytes of memory that autograd would keep for the backward."""
-    own = {StorageWeakRef(tensor.untyped_storage()) for tensor in (*part.parameters(), *part.buffers())}
-    kept: dict[StorageWeakRef, int] = {}
-
-    # By storage: views of one tensor, or of a weight, take no memory of their own.
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if StorageWeakRef(storage) not in own:
-            kept[StorageWeakRef(storage)] = storage.nbytes()
-        return tensor
-
     register_flop_formulas()
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        part(*arguments)
-    return counter.get_total_flops(), sum(kept.values())
+    with FlopCounterMode(display=False) as counter:
+        saved = list_saved(part, lambda: part(*arguments))
+    return counter.get_total_flops(), sum(tensor.own_bytes for tensor in saved)
 
 
 def _kernels(model: Soda, config: SodaConfig, device: torch.device) -> list[str]:

@@ -26,6 +26,24 @@ def write_json(path: Path, value: Any) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of one JSON object a line.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a file of one JSON object a line: {error}") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} is not a file of one JSON object a line")
+    return rows
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

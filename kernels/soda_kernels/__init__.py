@@ -7,6 +7,7 @@ from soda_kernels import _native
 from soda_kernels._backend import explain, use_backend
 from soda_kernels._flops import register_flop_formulas
 from soda_kernels._native import native_status
+from soda_kernels._ranges import span, use_ranges
 from soda_kernels.attention.api import attention, attention_qkvpacked
 from soda_kernels.diffusion.api import add_noise, denoising_loss
 from soda_kernels.diffusion.api_random import draw_step_index, philox_normal, philox_uniform
@@ -29,7 +30,9 @@ __all__ = [
     "philox_uniform",
     "register_flop_formulas",
     "sampler_step",
+    "span",
     "use_backend",
+    "use_ranges",
 ]
 
 _native.load()

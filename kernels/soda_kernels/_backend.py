@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE, description
 from soda_kernels._native import native_is_loaded
+from soda_kernels._ranges import ranged
 
 Backend = Literal["auto", "reference"]
 
@@ -45,7 +46,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def current_ops() -> Any:
     """Return the op namespace that the current backend calls."""
-    return torch.ops.soda_kernels if _backend == "auto" else torch.ops.soda_kernels_reference
+    return ranged(torch.ops.soda_kernels if _backend == "auto" else torch.ops.soda_kernels_reference)
+
+
+def is_reference() -> bool:
+    """Tell whether the current backend is the reference."""
+    return _backend == "reference"
 
 
 # What the native library may be handed unseen: not a subclass, which may stand for anything.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,12 +97,16 @@ def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor
         if value.ndim != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
         return int64_tensor(name, value, device)
-    if not isinstance(value, int) and isinstance(value, Integral):
-        value = int(value)  # NumPy's
+    value = plain_integer(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be an int or a 0-d integer tensor")
     # A fill, not a copy from the host: no device waits for it.
     return torch.full((), _wrapped(value), dtype=torch.int64, device=device)
+
+
+def plain_integer(value: Any) -> Any:
+    """Return an integer of NumPy's as Python's, and whatever else as it is."""
+    return int(value) if not isinstance(value, int) and isinstance(value, Integral) else value
 
 
 def _wrapped(value: int) -> int:

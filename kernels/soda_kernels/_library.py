@@ -50,7 +50,7 @@ def define(
     for namespace, library in _LIBRARIES.items():
         library.define(name + schema)
         library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", _of_one_device(name, fake), lib=library)
     if cpu is not None:
         _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(cpu), "CPU")
     if gpu is not None:
@@ -63,6 +63,23 @@ def define(
 def description(name: str) -> Describe | None:
     """Return how an op tells what it would run, if it can."""
     return _DESCRIPTIONS.get(name)
+
+
+def _of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a shape function refuse tensors of several devices.
+
+    The dispatcher takes it wherever one of them is a meta tensor; for the others it would hand out memory unwritten.
+    """
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        tensors = [arg for each in args for arg in (each if isinstance(each, list) else [each])]
+        devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"the tensors of {name} are on {' and '.join(sorted(devices))}; move them to one device")
+        return fake(*args)
+
+    return run
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,6 +61,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         (["tune", "--family", "sorting"], "sorting"),
         (["tune", "--family", "group_norm", "--cases", "lengths"], "lengths is no shape set of group_norm"),
         (["run", "--suite", "sampling", "--layouts", "nchw"], "--layouts is nchw"),
+        (["run", "--suite", "sampling", "--profile", "traces"], "--profile is traces; the suite sampling"),
         (["run", "--suite", "sampling", "--cases", "adm-256"], "adm-256 is no shape set of sampling"),
         (["run", "--colour"], "--colour"),
         (["compare", "a.jsonl"], "AFTER"),

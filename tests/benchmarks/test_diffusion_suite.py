@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,3 +133,16 @@ def test_no_noise_where_none_is_drawn() -> None:
     problem = diffusion_problem(BY_CALL["ddim-guided-clip"], CPU)
     assert problem.with_noise() is problem
     assert not Call(op="denoising_loss", name="x0", target="x0").draws
+
+
+@pytest.mark.slow
+def test_a_compiled_backward_is_repeated_after_one_that_may_overwrite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What "fwd+bwd" left in the cache on disk would differentiate its own result the second time."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    case = next(case for case in DIFFUSION.cases(["cifar"], ["nchw"], "fp32", timed=True) if case.call.name == "eps")
+    compiled = [provider for provider in DIFFUSION_PROVIDERS if provider.compiled]
+    for mode in ("fwd+bwd", "bwd"):
+        (rows,) = suite_rows(DIFFUSION, [case], [mode], CPU, PACES["quick"], compiled)
+        assert [(row["status"], row["reason"]) for row in rows] == [("ok", None)], mode

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +66,17 @@ def test_every_row_has_the_whole_schema(rows: dict[tuple[str, str], dict[str, An
         assert row.keys() == ROW
         for part, keys in PARTS.items():
             assert keys <= row[part].keys()
+
+
+def test_traces_name_providers_and_kernels(tmp_path: Path) -> None:
+    measured = suite_rows(GROUP_NORM, [CASE], ["fwd+bwd"], CPU, PACES["quick"], PROVIDERS, traces=tmp_path / "traces")
+    assert {row["status"] for rows in measured for row in rows} >= {"ok", "invalid"}
+    (trace,) = (tmp_path / "traces").iterdir()
+    assert trace.name.endswith("-nhwc-fwd+bwd.json") and CASE.id.replace("/", "-") in trace.name
+    found = Counter(event["name"] for event in json.loads(trace.read_text())["traceEvents"] if event.get("ph") == "X")
+    calls = ("ours", "eager", "soda_kernels.modulated_group_norm", "soda_kernels.modulated_group_norm_backward")
+    assert [found[name] for name in calls] == [3, 3, 3, 3]
+    assert not {"wrong", "raising"} & set(found)
 
 
 def test_a_row_takes_no_unknown_key() -> None:

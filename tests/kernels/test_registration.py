@@ -120,6 +120,17 @@ def test_opcheck(name: str, case: str) -> None:
     torch.library.opcheck(getattr(torch.ops.soda_kernels, name).default, arguments)
 
 
+@pytest.mark.parametrize("name", op_calls())
+def test_meta_tensors_beside_others_are_refused(name: str) -> None:
+    """Whichever it is: the dispatcher would take the shape function, and hand out memory that nobody wrote."""
+    for _, arguments in op_calls()[name]:
+        for place, argument in enumerate(arguments):
+            if isinstance(argument, Tensor):
+                mixed = (*arguments[:place], argument.to("meta"), *arguments[place + 1 :])
+                with pytest.raises(ValueError, match=f"^the tensors of {name} are on cpu and meta; move them to one"):
+                    getattr(torch.ops.soda_kernels, name)(*mixed)
+
+
 def strides_that_count(tensor: Tensor) -> list[int]:
     return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
 

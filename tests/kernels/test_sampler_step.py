@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -273,6 +274,15 @@ def test_a_noise_level_that_a_clamped_table_holds_twice() -> None:
     assert torch.equal(actual, sampler_step(x_t, cond, None, schedule, 998, 997, method="dpmpp_2m")[0])
     same, _ = sampler_step(x_t, cond, None, schedule, 999, 998, method="dpmpp_2m")
     assert_exact(same, x_t)
+
+
+def test_step_indices_are_integers_of_numpys_too() -> None:
+    x_t, cond, _, previous_x0 = images()
+    index, next_index, previous_index = np.array([70, 60, 80])
+    keywords: dict[str, Any] = {"method": "dpmpp_2m", "previous_x0": previous_x0}
+    step = sampler_step(x_t, cond, None, SCHEDULE, index, next_index, previous_index=previous_index, **keywords)
+    expected = sampler_step(x_t, cond, None, SCHEDULE, 70, 60, previous_index=80, **keywords)
+    assert all(torch.equal(*pair) for pair in zip(step, expected, strict=True))
 
 
 def test_a_step_index_tensor_out_of_range_raises_on_a_cpu() -> None:

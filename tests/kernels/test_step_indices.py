@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -55,6 +56,14 @@ def test_stratified_is_the_formula(num_steps: int, strata: tuple[int, int] | Non
         expected.append(((first + n + rotation) % total * 2**24 + u) * num_steps // (total * 2**24))
     index = draw_step_index(schedule(num_steps), sample_ids=ids(num), sampling="stratified", strata=strata, **KEY)
     assert index.tolist() == expected
+
+
+def test_strata_are_integers_of_numpys_too() -> None:
+    keywords: dict[str, Any] = {"sample_ids": ids(5), "sampling": "stratified", **KEY}
+    expected = draw_step_index(schedule(7), strata=(3, 20), **keywords)
+    strata: Any = np.array([3, 20])
+    assert torch.equal(draw_step_index(schedule(7), strata=tuple(strata), **keywords), expected)
+    assert torch.equal(add_noise(torch.randn(5, 2, 3), None, schedule(7), strata=list(strata), **keywords)[1], expected)
 
 
 def test_logit_normal_is_the_formula() -> None:

@@ -171,6 +171,17 @@ def test_error_in_norm_is_at_most_twice_torchs(interpreted: None, layout: str, d
 
 
 @every_variant
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_sum_and_its_parts_have_the_same_bits(interpreted: None, layout: str) -> None:
+    """So that a backward may compute the norm of a sum again from the sum, which alone was kept."""
+    parts = [torch.randn(3, 12, 5, 7).to(DEVICE, torch.float16).contiguous(memory_format=LAYOUTS[layout]) for _ in "ab"]
+    y, summed = modulated_group_norm(parts[0], 4, residual=parts[1], residual_scale=2**-0.5)
+    assert isinstance(summed, Tensor)
+    again = modulated_group_norm(summed, 4)
+    assert isinstance(again, Tensor) and torch.equal(again, y)
+
+
+@every_variant
 def test_the_same_bits_again_and_for_a_slice_of_the_batch(interpreted: None) -> None:
     case = problem((4, 12, 5, 7), 4, "nhwc", FORMS[3], torch.float32, device=DEVICE)
     dy = torch.randn(4, 12, 5, 7).to(DEVICE).contiguous(memory_format=torch.channels_last)

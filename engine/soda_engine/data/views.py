@@ -10,6 +10,7 @@ Reference: Hudson et al., "SODA: Bottleneck Diffusion Models for Representation 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Literal
 
@@ -91,8 +92,10 @@ def make_view(
     step = 4 * epochs + 2 * _ROLES[role]
     num_draws = _NUM_DRAWS + 2 * pipeline.randaugment_ops
     draws = philox_uniform((len(images), num_draws), seed=seed, sample_ids=sample_ids, step=step, stream="views")
-    # Autocast would run the products below in bf16.
-    with torch.autocast(images.device.type, enabled=False):
+    # Autocast, which some devices have not, would run the products below in bf16.
+    device_type = images.device.type
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    with torch.autocast(device_type, enabled=False) if has_autocast else contextlib.nullcontext():
         if pipeline.crop_probability or pipeline.flip_probability:
             top, left, height, width = on_device(torch.stack(_draw_crop(draws, pipeline)), images.device).unbind()
             flip = on_device(draws[:, _FLIP] < pipeline.flip_probability, images.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soda_engine.models.modulation import draw_section_mask
-from soda_kernels import NoiseSchedule, add_noise, denoising_loss
+from soda_kernels import NoiseSchedule, add_noise, denoising_loss, span
 
 if TYPE_CHECKING:
     from soda_engine.models.soda import Soda
@@ -53,13 +53,17 @@ def denoising_losses(
     """
     latent, diffusion = model.config.latent, model.config.diffusion
     key: dict[str, Any] = {"seed": seed, "sample_ids": sample_ids, "step": step}
-    z = model.encoder(source)
+    with span("encode"):
+        z = model.encoder(source)
     x_t, step_index = add_noise(target_view, None, model.schedule, **key)
     mask = draw_section_mask(model.num_sections, latent.drop_all, latent.drop_section, **key)
-    prediction = model.denoise(x_t, step_index, z, section_mask=mask, dropout_seed=dropout_keys(**key))
-    return denoising_loss(
-        prediction, target_view, step_index, model.schedule, target=diffusion.target, weights=model.loss_weights, **key
-    )
+    with span("denoise"):
+        prediction = model.denoise(x_t, step_index, z, section_mask=mask, dropout_seed=dropout_keys(**key))
+    with span("loss"):
+        return denoising_loss(
+            prediction, target_view, step_index, model.schedule, target=diffusion.target, weights=model.loss_weights,
+            **key,
+        )  # fmt: skip
 
 
 def dropout_keys(*, seed: int | Tensor, sample_ids: Tensor, step: int | Tensor) -> Tensor:

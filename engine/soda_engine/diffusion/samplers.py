@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from soda_engine.diffusion.guidance import Denoise
-from soda_kernels import NoiseSchedule, sampler_step
+from soda_kernels import NoiseSchedule, sampler_step, span
 
 # A graph pays from here on: recording one takes the host as long as an eager step.
 _FEWEST_STEPS_GRAPHED = 3
@@ -75,7 +75,8 @@ def sample(
         for step in range(num_steps):
             if graphed and step == 1:
                 advance = _captured(advance, x.device)
-            advance()
+            with span("sampling step"):
+                advance()
             bar.update()
     return x
 
@@ -122,7 +123,8 @@ def _advance(
 ) -> None:  # fmt: skip
     """Take one step in place: x becomes the next, x0 (where the method looks back) what this step said of it."""
     index, next_index, previous_index = position.advance()
-    cond, uncond = denoise(x, index)
+    with span("denoise"):
+        cond, uncond = denoise(x, index)
     x_next, x0_now = sampler_step(
         x, cond.to(x.dtype), None if uncond is None else uncond.to(x.dtype), schedule, index, next_index,
         previous_x0=x0, previous_index=None if x0 is None else previous_index, **options,

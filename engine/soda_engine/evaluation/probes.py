@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from soda_engine.evaluation.features import Features
+from soda_engine.tables import table
 
 # scikit-learn takes a second to import, which a command that probes nothing need not wait for.
 if TYPE_CHECKING:
@@ -268,15 +269,11 @@ def format_table(accuracies: Mapping[str, Mapping[str, float]]) -> str:
     """Lay `compare_probes`'s result out as text: a row a representation, a column a probe, in percent."""
     probes = list(accuracies)
     names = list(dict.fromkeys(name for row in accuracies.values() for name in row))
-    cells = [["", *probes]]
+    rows = []
     for name in names:
         found = (accuracies[probe].get(name) for probe in probes)
-        cells.append([name, *("–" if value is None else f"{100 * value:.2f}%" for value in found)])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
-    )
+        rows.append([name, *("–" if value is None else f"{100 * value:.2f}%" for value in found)])
+    return table(["", *probes], rows)
 
 
 def _check_task(train: Features, test: Features) -> _Task:

@@ -16,6 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soda_engine.models.recomputation import (
+    Recompute,
+    calling,
+    doubled,
+    halved,
+    halved_keeping,
+    renormalized,
+)
 from soda_engine.models.residual import Image, ResidualSum, formed, normalized
 from soda_kernels import ModulatedGroupNorm, attention, attention_qkvpacked
 
@@ -83,6 +91,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(total, out_channels, 1) if skip_channels or total != out_channels else None
         # As the int64 with the same bits, so that adding it to a key wraps around.
+        self.recompute: Recompute = "resampled"
         self.dropout_key = (index * _DROPOUT_KEY_STRIDE + 2**63) % 2**64 - 2**63
 
     def forward(
@@ -98,10 +107,32 @@ class ResidualBlock(nn.Module):
         Returns:
             [N, out_channels, H', W'].
         """
-        h = self.conv1(self._resampled(normalized(self.norm1, x)))
+        h = self._conv1(x, normalized(self.norm1, x))
         key = None if seed is None else seed + self.dropout_key
-        h = self.norm2(h, self.time_proj(time).chunk(2, dim=1), self.z_proj(section).chunk(2, dim=1), seed=key)
-        return ResidualSum(self.conv2(h), self._shortcut(x), self.residual_scale)
+        modulations = self.time_proj(time).chunk(2, dim=1), self.z_proj(section).chunk(2, dim=1)
+        y = self.norm2(h, *modulations, seed=key)
+        if self.recompute == "norms":
+            out = calling(self.conv2, y, renormalized(self.norm2, h, *modulations, seed=key))
+        else:
+            out = self.conv2(y)
+        return ResidualSum(out, self._shortcut(x), self.residual_scale)
+
+    def _conv1(self, x: Image | tuple[Tensor, Tensor], h: Tensor) -> Tensor:
+        """Return conv1(resample(h)) of h, the first norm of x."""
+        if self.recompute == "nothing":
+            return self.conv1(self._resampled(h))
+        image = x if isinstance(x, tuple) else formed(x)
+        if self.resample == "down" and isinstance(image, Tensor):
+            resampled = halved_keeping(image, h)
+        else:
+            resampled = self._resampled(h)
+        if self.recompute == "norms":
+            again = renormalized(self.norm1, image)
+            return calling(self.conv1, resampled, lambda: self._resampled(again()))
+        if self.resample != "up":
+            return self.conv1(resampled)
+        small = h.detach()
+        return calling(self.conv1, resampled, lambda: doubled(small))
 
     def _shortcut(self, x: Image | tuple[Tensor, Tensor]) -> Tensor:
         if not isinstance(x, tuple):
@@ -115,8 +146,8 @@ class ResidualBlock(nn.Module):
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+            return halved(x)
+        return doubled(x) if self.resample == "up" else x
 
 
 class ConvResample(nn.Module):
@@ -132,7 +163,10 @@ class ConvResample(nn.Module):
     def forward(self, x: Image, condition: object = None) -> Tensor:
         """[N, C, H, W] -> [N, C, H', W']; the condition, which other layers take, plays no part."""
         x = formed(x)
-        return self.conv(x if self.resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if self.resample == "down":
+            return self.conv(x)
+        small = x.detach()
+        return calling(self.conv, doubled(x), lambda: doubled(small))
 
 
 class AttentionBlock(nn.Module):
@@ -145,6 +179,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, *, head_dim: int, num_groups: int, residual_scale: float = 1.0) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.residual_scale = _num_heads(channels, head_dim), head_dim, residual_scale
+        self.recompute: Recompute = "resampled"
         self.norm = ModulatedGroupNorm(num_groups, channels, activation=None)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
@@ -152,7 +187,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Image) -> ResidualSum:
         """[N, C, H, W] -> [N, C, H, W]."""
         h = normalized(self.norm, x)
-        qkv = _pixels_last(self.qkv(h)).unflatten(2, (3, self.num_heads, self.head_dim))
+        qkv = _pixels_last(_projected(self, self.qkv, x, h)).unflatten(2, (3, self.num_heads, self.head_dim))
         h = self.proj(_pixels_first(attention_qkvpacked(qkv), h.shape[2:]))
         return ResidualSum(formed(x), h, self.residual_scale)
 
@@ -172,6 +207,7 @@ class CrossAttentionBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.residual_scale = _num_heads(channels, head_dim), head_dim, residual_scale
+        self.recompute: Recompute = "resampled"
         self.norm = ModulatedGroupNorm(num_groups, channels, activation=None)
         self.q = nn.Conv2d(channels, channels, 1)
         self.kv = nn.Linear(token_dim, 2 * channels)
@@ -180,7 +216,7 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Image, tokens: Tensor) -> ResidualSum:
         """[N, C, H, W] and [N, m + 1, token_dim] -> [N, C, H, W]."""
         h = normalized(self.norm, x)
-        q = _pixels_last(self.q(h)).unflatten(2, (self.num_heads, self.head_dim))
+        q = _pixels_last(_projected(self, self.q, x, h)).unflatten(2, (self.num_heads, self.head_dim))
         k, v = self.kv(tokens).unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
         h = self.proj(_pixels_first(attention(q, k, v), h.shape[2:]))
         return ResidualSum(formed(x), h, self.residual_scale)
@@ -202,6 +238,11 @@ class SectionTokens(nn.Module):
     def forward(self, sections: Sequence[Tensor]) -> Tensor:
         """m + 1 tensors [N, section_dim] -> [N, m + 1, token_dim]."""
         return torch.stack([proj(s) for proj, s in zip(self.proj, sections, strict=True)], dim=1) + self.embedding
+
+
+def _projected(block: AttentionBlock | CrossAttentionBlock, conv: nn.Conv2d, x: Image, h: Tensor) -> Tensor:
+    """Return conv(h) of h, the block's norm of x."""
+    return conv(h) if block.recompute != "norms" else calling(conv, h, renormalized(block.norm, formed(x)))
 
 
 def _num_heads(channels: int, head_dim: int) -> int:

@@ -36,7 +36,7 @@ class ResidualSum:
         if self._b is not None:
             self._a, self._b = self._a + self._b, None
             if self._scale != 1.0:
-                self._a = self._a * self._scale
+                self._a.mul_(self._scale)  # its own, and neither kept its factors nor its terms for a backward
         return self._a
 
     def normalized(self, norm: ModulatedGroupNorm) -> Tensor:

@@ -20,9 +20,10 @@ from soda_engine.diffusion.guidance import guided
 from soda_engine.diffusion.objective import SCHEDULES, denoising_losses, loss_weights
 from soda_engine.diffusion.samplers import sample as run_sampler
 from soda_engine.models.encoder import ResNetEncoder
+from soda_engine.models.folded import folded
 from soda_engine.models.modulation import build_section_map, section_indices, section_slices
 from soda_engine.models.unet import Denoiser
-from soda_kernels import NoiseSchedule, philox_normal
+from soda_kernels import NoiseSchedule, philox_normal, span
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -128,8 +129,12 @@ class Soda(
         with _evaluating(self):
             # Half precision is widened first: PyTorch resizes none of it on a CPU.
             wide = (batch.float() if batch.is_floating_point() else batch for batch in batches if len(batch))
-            views = (plain_view(batch.to(self.device), size).to(dtype) for batch in wide)
-            codes = [self.encoder(view).float() for view in views]
+            encode, layout = folded(self.encoder), torch.channels_last
+            views = (plain_view(batch.to(self.device), size).to(dtype, memory_format=layout) for batch in wide)
+            codes = []
+            for view in views:
+                with span("encode"):
+                    codes.append(encode(view).float())
         return torch.cat(codes) if codes else torch.empty(0, self.config.latent.dim, device=self.device)
 
     @torch.no_grad()
@@ -203,7 +208,9 @@ class Soda(
                 images.append(
                     run_sampler(
                         denoise,
-                        x_T[part].to(self.device, torch.float32),
+                        # Features take the layout of what comes in. Steps of cifar10-small took 1.4 times as long
+                        # where it was contiguous, on two EPYC cores.
+                        x_T[part].to(self.device, torch.float32, memory_format=torch.channels_last),
                         self.schedule,
                         num_steps=num_steps,
                         method=method,
@@ -250,7 +257,7 @@ def save_weights(model: Soda, path: Path) -> None:
 
 
 def load_weights(path: Path, cls: type[Soda] = Soda) -> Soda:
-    """Build the model that `save_weights` wrote, in evaluation mode.
+    """Build the model that `save_weights` wrote, in evaluation mode and with channels-last weights.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -275,7 +282,8 @@ def load_weights(path: Path, cls: type[Soda] = Soda) -> Soda:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights that the config in it describes") from error
-    return model.eval()
+    model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _check_batch_size(batch_size: int) -> None:

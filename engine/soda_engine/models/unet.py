@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from soda_engine.config import DenoiserConfig, LatentConfig
 from soda_engine.models.blocks import (
@@ -18,6 +20,7 @@ from soda_engine.models.blocks import (
     zero_init,
 )
 from soda_engine.models.modulation import TimeEmbedding, build_section_map, mask_sections, section_slices
+from soda_engine.models.recomputation import Recompute, calling, renormalized
 from soda_engine.models.residual import Image, ResidualSum, formed, normalized
 from soda_kernels import ModulatedGroupNorm
 
@@ -128,6 +131,7 @@ class Denoiser(nn.Module):
             if level > 0:
                 self.up.append(resampling(sections, level, channels, "up"))
         self.norm_out = ModulatedGroupNorm(config.num_groups, channels)
+        self._keeps = "none"
         self.conv_out = zero_init(nn.Conv2d(channels, config.in_channels, 3, padding=1))
 
     def forward(
@@ -163,13 +167,40 @@ class Denoiser(nn.Module):
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
-            h = layer(h, condition)
+            h = self._run(layer, h, condition)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, condition)
+            h = self._run(layer, h, condition)
         for layer in self.up:
-            h = layer((formed(h), formed(skips.pop())) if layer.takes_skip else h, condition)
-        return self.conv_out(normalized(self.norm_out, h))
+            h = self._run(layer, (formed(h), formed(skips.pop())) if layer.takes_skip else h, condition)
+        y = normalized(self.norm_out, h)
+        return self.conv_out(y) if self._keeps == "none" else calling(
+            self.conv_out, y, renormalized(self.norm_out, formed(h))
+        )  # fmt: skip
+
+    def checkpoint_activations(self, what: Literal["none", "norms", "blocks"]) -> None:
+        """Let the backward compute again what it needs, instead of keeping it; results stay the same to the bit.
+
+        Args:
+            what: "norms", what norms return; "blocks", all but the inputs of the residual blocks with their attention;
+                "none".
+
+        Raises:
+            ValueError: it is something else.
+        """
+        choices: dict[str, Recompute] = {"none": "resampled", "norms": "norms", "blocks": "nothing"}
+        if what not in choices:
+            raise ValueError(f"checkpoint_activations is {what!r}; it must be one of {list(choices)}")
+        self._keeps = what
+        for module in self.modules():
+            if isinstance(module, ResidualBlock | AttentionBlock | CrossAttentionBlock):
+                module.recompute = choices[what]
+
+    def _run(self, layer: nn.Module, x: Image | tuple[Tensor, Tensor], condition: Condition) -> Image:
+        if self._keeps != "blocks" or not isinstance(layer, Layer) or not torch.is_grad_enabled():
+            return layer(x, condition)
+        # Dropout is a function of its keys, so that no state of a generator has to be put back.
+        return checkpoint(layer, x, condition, use_reentrant=False, preserve_rng_state=False)
 
     def _check_inputs(self, x_t: Tensor, t: Tensor, z: Tensor, seed: Tensor | None) -> None:
         side, batch = self.config.image_size, x_t.shape[0]

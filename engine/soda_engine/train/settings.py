@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from soda_engine.config import TrainConfig, to_dict
+from soda_engine.config import TrainConfig, from_dict, to_dict
 from soda_engine.records import write_json
 
 CONFIG_NAME = "config.json"
@@ -19,7 +19,8 @@ CONFIG_NAME = "config.json"
 # `data` may have moved; that it still holds as many images is checked by the trainer.
 _FREE_FIELDS = {
     "data", "out", "total_images", "max_minutes", "device", "threads", "precision", "channels_last", "kernels",
-    "max_bad_steps", "tensorboard", "dry_run", "cadence", "dataset.workers", "dataset.memory_mib",
+    "checkpoint_activations", "max_bad_steps", "tensorboard", "profile", "dry_run", "cadence", "dataset.workers",
+    "dataset.memory_mib",
 }  # fmt: skip
 
 
@@ -90,6 +91,20 @@ def save_settings(run: Path, config: TrainConfig) -> None:
     """Write a run's config.json."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / CONFIG_NAME, to_dict(config))
+
+
+def load_settings(run: Path) -> TrainConfig | None:
+    """Read a run's config.json; None where there is none, or that of a saved model, which no run's settings are in.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = run / CONFIG_NAME
+    try:
+        values = json.loads(path.read_text()) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return from_dict(TrainConfig, values) if "dataset" in values else None
 
 
 @contextlib.contextmanager

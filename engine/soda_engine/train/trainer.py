@@ -39,6 +39,7 @@ from soda_engine.train.optim import (
     learning_rate_factor,
     set_learning_rate,
 )
+from soda_engine.train.profiling import span, traced
 from soda_engine.train.settings import OtherRunError, alone_in, check_same_run, check_settings, save_settings
 from soda_kernels import use_backend
 
@@ -96,6 +97,7 @@ class Trainer:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = Soda(config.model).to(device=processes.device)
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        self.model.denoiser.checkpoint_activations(config.checkpoint_activations)
         self.ema = Ema(self.model, config.optim.ema_decay)
         distributed.synchronize_batch_norms(self.model, processes)
         self.optimizer = build_optimizer(self.model, config.optim)
@@ -133,13 +135,19 @@ class Trainer:
         )  # fmt: skip
         start, window = time.monotonic(), (progress.images, progress.seconds)
         out_of_time = self.interrupted = False
-        with noted_interruption() as interruption, use_backend(config.kernels), contextlib.closing(log):
+        trace = traced(self.run / "profile", log.say, enabled=config.profile and self.processes.is_main)
+        with (
+            noted_interruption() as interruption, use_backend(config.kernels), contextlib.closing(log),
+            trace as end_step,
+        ):  # fmt: skip
             if 0 < progress.images < config.total_images:
                 log.say(f"resuming {self.run} at {progress.images:,} images")
             batches = self._batches()
             while progress.images < config.total_images:
                 before, tick = progress.images, time.monotonic()
-                self.step(next(batches), log)
+                with span("data"):
+                    batch = next(batches)
+                self.step(batch, log)
                 progress.seconds += time.monotonic() - tick
                 due = self._passed(before, config.cadence.log_images)
                 if due or len(self._unread) >= self.read_every:
@@ -157,6 +165,7 @@ class Trainer:
                 if self.interrupted or out_of_time:  # at once: a probe may take minutes, and patience may not
                     break
                 self._milestones(before, log)
+                end_step()
             self.read(log)
             if progress.step and progress.skipped_steps == progress.step:
                 raise TrainingStopped(f"none of {progress.step} steps could be taken; see the lines above for why")
@@ -185,16 +194,18 @@ class Trainer:
             set_learning_rate(self.optimizer, factor)
             statistics = self._statistics.copy()
             loss = self._backward(batch, config.batch_size - num_skipped)
-            norms = [
-                torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-                for weights in self._weights
-            ]
-            measured = torch.stack((loss, *norms))
-            skip = 1 - measured.isfinite().all().float()
-            clip_and_step(self.optimizer, torch.hypot(*norms), config.optim.grad_clip, skip)
-            self._statistics.undo(statistics, skip)
-            self.ema.update(self.model, skip)
-            self.optimizer.zero_grad(set_to_none=True)
+            with span("optimizer"):
+                norms = [
+                    torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+                    for weights in self._weights
+                ]
+                measured = torch.stack((loss, *norms))
+                skip = 1 - measured.isfinite().all().float()
+                clip_and_step(self.optimizer, torch.hypot(*norms), config.optim.grad_clip, skip)
+                self._statistics.undo(statistics, skip)
+                self.optimizer.zero_grad(set_to_none=True)
+            with span("ema"):
+                self.ema.update(self.model, skip)
         progress.images += config.batch_size
         progress.step += 1
         self._unread.append(_Unread(progress.images, progress.step, config.optim.lr * factor, measured))
@@ -245,10 +256,11 @@ class Trainer:
         path = self.run / "checkpoints" / f"{self.progress.images:012d}"
         try:
             if self.processes.is_main:
-                path = save_checkpoint(
-                    self.run, self.model, self.ema.model, self.optimizer, self.progress,
-                    keep=self.config.cadence.keep_checkpoints if keep is None else keep,
-                )  # fmt: skip
+                with span("checkpoint"):
+                    path = save_checkpoint(
+                        self.run, self.model, self.ema.model, self.optimizer, self.progress,
+                        keep=self.config.cadence.keep_checkpoints if keep is None else keep,
+                    )  # fmt: skip
         finally:
             self.processes.barrier()
         return path
@@ -261,7 +273,8 @@ class Trainer:
         total = torch.zeros((), device=device)
         parts = batch.split(config.accumulate)
         for index, part in enumerate(parts):
-            source, target = self._views(part)
+            with span("views"):
+                source, target = self._views(part)
             sample_ids = part.sample_ids.to(device, non_blocking=True)
             with distributed.synchronizing(self.parallel, enabled=index == len(parts) - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
@@ -269,7 +282,8 @@ class Trainer:
                         source, target, seed=config.seed, sample_ids=sample_ids, step=self.progress.step
                     )
                 loss = losses.sum() * scale
-                loss.backward()
+                with span("backward"):
+                    loss.backward()
             total += loss.detach()
         return self.processes.sum(total) / self.processes.world_size
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soda_kernels import _checks
 from soda_kernels._autograd import first_derivative_only
-from soda_kernels._backend import current_ops
+from soda_kernels._backend import current_ops, is_reference
 from soda_kernels.attention import ops as _ops  # noqa: F401  registers the ops
 from soda_kernels.attention.config import BACKENDS
 
@@ -91,7 +91,7 @@ def _check_backend(backend: str | None, q: Tensor) -> None:
     _checks.check_choice("backend", backend, BACKENDS)
     if q.device.type != "cuda":
         raise ValueError(f"backend is {backend!r}; on {q.device.type} there is one alone, so that it must be None")
-    if current_ops() is not torch.ops.soda_kernels:
+    if is_reference():
         raise ValueError(f"backend is {backend!r} inside use_backend('reference'); ask for one or the other")
 
 

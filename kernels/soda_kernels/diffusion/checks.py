@@ -59,15 +59,12 @@ def check_sampling(
         return 0, 1
     if step.ndim:
         raise ValueError(f"step has shape {tuple(step.shape)}; 'stratified' takes an int or a 0-d tensor")
-    if strata is None:
-        strata = (0, batch)
-    elif (
-        not isinstance(strata, tuple | list)
-        or len(strata) != 2
-        or not all(isinstance(number, int) and not isinstance(number, bool) for number in strata)
-    ):
-        raise TypeError(f"strata is {strata!r}; it must be a pair of ints (first, total)")
-    first, total = strata
+    first, total = 0, batch
+    if strata is not None:
+        pair = [_checks.plain_integer(number) for number in strata] if isinstance(strata, tuple | list) else []
+        if len(pair) != 2 or not all(isinstance(number, int) and not isinstance(number, bool) for number in pair):
+            raise TypeError(f"strata is {strata!r}; it must be a pair of ints (first, total)")
+        first, total = pair
     if first < 0 or first + batch > total:
         raise ValueError(f"strata is {(first, total)} for {batch} samples; 0 <= first <= total - {batch} holds")
     if total >= _MOST_STRATA or total * num_steps >= _MOST_STRATA_TIMES_STEPS:
@@ -78,7 +75,8 @@ def check_sampling(
 
 
 def check_indices(step_index: Any, next_index: Any, previous_index: Any, num_steps: int) -> None:
-    """Check the indices that are Python ints; those in tensors are the caller's to keep in range."""
+    """Check the indices that are ints, NumPy's too; those in tensors are the caller's to keep in range."""
+    step_index, next_index, previous_index = map(_checks.plain_integer, (step_index, next_index, previous_index))
     for name, index, lowest in (
         ("step_index", step_index, 0), ("next_index", next_index, -1), ("previous_index", previous_index, 0)
     ):  # fmt: skip

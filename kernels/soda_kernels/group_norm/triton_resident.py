@@ -51,7 +51,8 @@ def _modulated_group_norm_fwd_resident_kernel(
         pivot_g = tl.load(source_ptr + anchor, mask=group < GROUPS, other=0.0).to(tl.float32)
         if residual_ptr is not None:
             pivot_g += tl.load(residual_ptr + anchor, mask=group < GROUPS, other=0.0).to(tl.float32)
-            pivot_g = device.scaled(pivot_g, residual_scale)
+            # Rounded as the sum is, whose norm then has the same bits.
+            pivot_g = device.scaled(pivot_g, residual_scale).to(source_ptr.dtype.element_ty).to(tl.float32)
         pivot = device.spread(pivot_g, GROUP_CHANNELS, GROUPS_PADDED, SLAB)
 
         if HELD:

@@ -38,7 +38,8 @@ def _modulated_group_norm_fwd_statistics_kernel(
     pivot = tl.load(source_ptr + anchors, mask=owned, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         pivot += tl.load(residual_ptr + anchors, mask=owned, other=0.0).to(tl.float32)
-        pivot = device.scaled(pivot, residual_scale)
+        # Rounded as the sum is, whose norm then has the same bits.
+        pivot = device.scaled(pivot, residual_scale).to(source_ptr.dtype.element_ty).to(tl.float32)
 
     position_mean = tl.zeros((ROWS, SLAB), tl.float32)
     position_squares = tl.zeros((ROWS, SLAB), tl.float32)
