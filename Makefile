@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test gate lint types check clean
+.PHONY: help demo test bench carry gate lint types check clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,14 @@ demo: $(READY)  ## train, probe and draw on a small data set; results in runs/de
 
 test: $(READY)  ## run every test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+bench: $(READY)  ## measure kernels and whole steps on this CPU in under ten minutes; rows in runs/bench
+	@mkdir -p runs/bench
+	$(BIN)/python -m benchmarks run --suite norm,attention,diffusion,e2e --cases cifar,digits,unet-32 \
+		--modes fwd,fwd+bwd --dtype fp32 --brief --json runs/bench/$$(date -u +%Y-%m-%d-%H%M%S).jsonl
+
+carry: $(READY)  ## gather in carried/ what a GPU machine without network lacks; DATA=DIR takes CIFAR-10 along
+	$(BIN)/python -m benchmarks.gpu.carry $(if $(DATA),--data '$(DATA)')
 
 gate: $(READY)  ## compile the kernels with another Triton, TRITON=3.6.0, and check what they become
 	@test -d $(VENV)/triton-$(TRITON) || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -44,7 +52,7 @@ check: lint types test  ## all three
 
 clean:  ## remove the environment, builds and caches; keeps runs/
 	rm -f kernels/soda_kernels/libsoda_kernels.so kernels/soda_kernels/native_build.txt
-	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build carried dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find kernels engine benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # READY holds the TORCH it was made with and is written last: another TORCH, a changed dependency or C++ source, or an

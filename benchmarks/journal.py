@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from benchmarks.records import new_row
 from benchmarks.resuming import Attempts, Row, append_lines, measured_here, mend, read_lines
@@ -48,6 +51,10 @@ class Journal:
             mend(path)
             self.rows = measured_here(read_lines(path), environment, "tables")
 
+    def rows_of(self, suite: str) -> list[Row]:
+        """Return the rows of a suite."""
+        return [row for row in self.rows if row["suite"] == suite]
+
     def wanted(self, parts: Mapping[Key, Part], providers: Sequence[str]) -> list[Key]:
         """Return which parts have still to be measured, having kept rows that say so of those that are given up."""
         there: dict[str, set[tuple[str, str]]] = {}
@@ -67,12 +74,16 @@ class Journal:
         return wanted
 
     def take(self, part: Part, measured: Iterator[list[Row]]) -> None:
-        """Measure the next part and keep its rows."""
-        if self._attempts is None:
-            self._keep(next(measured))
-            return
-        with self._attempts.of(part.name):
-            self._keep(next(measured))
+        """Measure the next part and keep its rows.
+
+        Raises:
+            RuntimeError: a provider's failure has taken this process's GPU with it; what comes next would fail too.
+        """
+        with self._attempts.of(part.name) if self._attempts else contextlib.nullcontext():
+            rows = next(measured)
+            self._keep(rows)
+        if torch.cuda.is_initialized() and any(row["status"] == "failed" for row in rows):
+            torch.cuda.synchronize()
 
     def _keep(self, rows: Sequence[Row]) -> None:
         if self._path is not None:

@@ -17,7 +17,7 @@ from benchmarks.report.contents import (
     not_timed,
     worst_of,
 )
-from benchmarks.result_files import RESULTS, ResultFile, Row, newest_files, newest_rows, on_gpu
+from benchmarks.result_files import RESULTS, ResultFile, Row, is_rate, newest_files, newest_rows, on_gpu
 from benchmarks.speed_ups import SpeedUp, place_of, speed_ups
 
 README = Path(__file__).parents[1] / "README.md"
@@ -34,7 +34,7 @@ def performance_section(folder: Path = RESULTS, readme: Path = README) -> str:
     Args:
         folder: of the result files. readme: what its links start from.
     """
-    files = newest_files(folder)
+    files = [file for file in newest_files(folder) if not all(map(is_rate, file.rows))]
     parts = []
     for gpu in (True, False):
         chosen = _newest_of_suites([file for file in files if on_gpu(file.rows[0]) == gpu])

@@ -131,6 +131,11 @@ def on_gpu(row: Row) -> bool:
     return row["env"].get("driver") is not None
 
 
+def is_rate(row: Row) -> bool:
+    """Tell whether a row counts images a second of a pipeline or a run, and has no times of calls."""
+    return row["stats"]["p50"] is None and row.get("images_per_s") is not None
+
+
 def newest_rows(rows: Iterable[Row]) -> list[Row]:
     """Keep of each case, provider, mode and timer the last row, since the same command again appends."""
     return list({row_key(row): row for row in rows}.values())

@@ -39,12 +39,13 @@ class Pace:
 
 PACES = {
     "full": Pace(budget_s=1.5, min_rounds=7, warm_up_s=3.0),
+    "brief": Pace(budget_s=0.5, min_rounds=5, warm_up_s=0.5),
     "quick": Pace(budget_s=0.05, min_rounds=3, quick_ceilings=True),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ready:
+class Ready:
     """A provider that passed the gate, or was not let near it."""
 
     step: Step | None
@@ -73,14 +74,10 @@ def suite_rows(
         wanted_modes = [mode for mode in case_modes(case, modes) if wanted(case, mode)]
         if not wanted_modes:
             continue
-        problem = family.problem(case, device, grad=True)
-        by_key, handed = (_yardsticks(family, case, problem, handed) for handed in (False, True))
+        gate = Gate(family, case, device)
         for mode in wanted_modes:
-            ready = {
-                provider.name: _prepare(family, provider, problem, mode, handed if provider.draws else by_key)
-                for provider in providers or family.providers
-            }
-            rows = _measure(family, case, mode, problem, ready, pace, ceilings, constants)
+            ready = {provider.name: gate.prepare(provider, mode) for provider in providers or family.providers}
+            rows = _measure(family, case, mode, gate.problem, ready, pace, ceilings, constants)
             if traces is not None:
                 name = "-".join((case.id, case.layout, mode)).replace("/", "-")
                 steps = {name: entry.step for name, entry in ready.items() if entry.step is not None}
@@ -91,6 +88,24 @@ def suite_rows(
 def case_modes(case: Any, modes: Sequence[str]) -> list[str]:
     """Return those of some modes that a case has."""
     return [mode for mode in modes if mode in case.modes]
+
+
+class Gate:
+    """A case's tensors, and what everyone's results on them are held against.
+
+    Attributes:
+        problem: what is timed.
+    """
+
+    def __init__(self, family: Family, case: Any, device: torch.device) -> None:
+        self._family = family
+        self.problem = family.problem(case, device, grad=True)
+        self._by_key, self._handed = (_yardsticks(family, case, self.problem, handed) for handed in (False, True))
+
+    def prepare(self, provider: Provider, mode: str) -> Ready:
+        """Build a provider's step and hold its results against exact ones."""
+        yardsticks = self._handed if provider.draws else self._by_key
+        return _prepare(self._family, provider, self.problem, mode, yardsticks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +138,7 @@ def _yardsticks(family: Family, case: Any, problem: Problem, handed: bool) -> _Y
 
 
 def _measure(
-    family: Family, case: Any, mode: str, problem: Problem, ready: dict[str, _Ready], pace: Pace, ceilings: Ceilings,
+    family: Family, case: Any, mode: str, problem: Problem, ready: dict[str, Ready], pace: Pace, ceilings: Ceilings,
     constants: dict[str, Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Return the rows of one case and mode: one for each provider and timer."""
@@ -164,11 +179,10 @@ def _measure(
     return rows
 
 
-def _prepare(family: Family, provider: Provider, problem: Problem, mode: str, yardsticks: _Yardsticks) -> _Ready:
-    """Build a provider's step and hold its results against exact ones."""
+def _prepare(family: Family, provider: Provider, problem: Problem, mode: str, yardsticks: _Yardsticks) -> Ready:
     reason = provider.unavailable(problem)
     if reason is not None:
-        return _Ready(step=None, check=None, forward=None, status="unavailable", reason=reason)
+        return Ready(step=None, check=None, forward=None, status="unavailable", reason=reason)
     try:
         with _compile_settings(provider, mode):
             forward = provider.build()
@@ -185,13 +199,13 @@ def _prepare(family: Family, provider: Provider, problem: Problem, mode: str, ya
                 found = family.complaints(problem, mode, step())
                 check = dataclasses.replace(check, problems=(*check.problems, *found))
     except Refused as refusal:
-        return _Ready(step=None, check=None, forward=None, status="unavailable", reason=str(refusal))
+        return Ready(step=None, check=None, forward=None, status="unavailable", reason=str(refusal))
     except Exception as error:  # whatever a library raises becomes its row
         reason = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        return _Ready(step=None, check=None, forward=None, status="failed", reason=reason)
+        return Ready(step=None, check=None, forward=None, status="failed", reason=reason)
     if check.problems:
-        return _Ready(step=None, check=check, forward=None, status="invalid", reason="; ".join(check.problems))
-    return _Ready(step=step, check=check, forward=forward, status="ok", names_kernel=provider.names_kernel)
+        return Ready(step=None, check=check, forward=None, status="invalid", reason="; ".join(check.problems))
+    return Ready(step=step, check=check, forward=forward, status="ok", names_kernel=provider.names_kernel)
 
 
 def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractContextManager[Any]:
@@ -210,7 +224,7 @@ def _compile_settings(provider: Provider, mode: str) -> contextlib.AbstractConte
 
 
 def _time(
-    family: Family, case: Any, mode: str, ready: dict[str, _Ready], pace: Pace, device: torch.device
+    family: Family, case: Any, mode: str, ready: dict[str, Ready], pace: Pace, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
     """Time the providers in turn, the baseline twice: by timer, by provider."""
     steps = {name: entry.step for name, entry in ready.items() if entry.step is not None}

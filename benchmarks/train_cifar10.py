@@ -44,9 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="train_cifar10", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="train_cifar10", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="DIR",
                         help="folder with train.parquet and test.parquet, or what else `soda-engine train --data` "
                              "takes; the preset's data set of the Hugging Face hub if not given")  # fmt: skip
@@ -56,7 +54,8 @@ def _parser() -> Parser:
                         help="this engine, the reference, or both in turn, an evaluation each (the default), so that a "
                              "machine with other work slows both")  # fmt: skip
     parser.add_argument("--preset", metavar="NAME",
-                        help=f"of soda-engine; {PRESETS['cuda']} on a GPU and {PRESETS['cpu']} on a CPU if not given")
+                        help=f"of soda-engine; {PRESETS['cuda']} on a GPU and {PRESETS['cpu']} on a CPU if not "
+                             "given")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda")
     parser.add_argument("--budget-minutes", type=float, default=10.0, metavar="M",
                         help="of training, for each path; %(default)g if not given")  # fmt: skip
@@ -71,7 +70,8 @@ def _parser() -> Parser:
                         help="of the linear probe; %(default)s if not given")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="key of every random draw; %(default)s if not given")
     parser.add_argument("--draw", type=Path, nargs="+", metavar="JSONL",
-                        help="only draw what these files hold into OUT/accuracy.png, such as those of two runs")
+                        help="only draw what these files hold into OUT/accuracy.png, such as those of two "
+                             "runs")  # fmt: skip
     return parser
 
 

@@ -66,6 +66,11 @@ def names(kind: str, accepted: Sequence[str] | dict[str, Any]) -> Callable[[str]
     return parse
 
 
+def pace_name(options: argparse.Namespace) -> str:
+    """Return which of `benchmarks.suite.PACES` the options ask for."""
+    return "quick" if options.quick else "brief" if options.brief else "full"
+
+
 def check_writable(path: Path | None) -> None:
     """Find out before minutes of work whether their results can be kept.
 

@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
         progress = Round(folder, commit, machine.device)
         parts = list_parts(progress.places, stages=options.stages, data=data, train_minutes=options.train_minutes,
                            rehearse=options.rehearse)  # fmt: skip
+        for part in parts:
+            progress.part(part.name)  # so that the file tells what has not begun
         try:
             for part in parts:
                 _do(part, progress, left, options, lock)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
 from benchmarks.cases import CPU_SETS, DTYPES, MODES
-from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
+from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names, pace_name
+from benchmarks.diffusion.loop import LOOP_CASES
 from benchmarks.end_to_end.cases import CASE_NAMES, OPS
 from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import LOOPS, SUITES, choose_cases
@@ -27,10 +28,11 @@ def add_parser(commands: Any) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "run", run, "Time a suite: every provider, checked first, in turn with the others.")
     add_case_arguments(parser, CPU_SETS, {END_TO_END: CASE_NAMES})
-    parser.add_argument("--suite", choices=ALL_SUITES, default="norm",
+    parser.add_argument("--suite", type=names("suite", ALL_SUITES), default=("norm",), metavar="SUITES",
                         help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
-                             "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; "
-                             "%(default)s if not given")  # fmt: skip
+                             "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; with "
+                             "commas between, one after the other, each with those of --cases, --layouts and "
+                             "--providers that it has; norm if not given")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
     parser.add_argument("--modes", type=names("mode", MODES), default=MODES, metavar="MODES",
@@ -41,7 +43,9 @@ def add_parser(commands: Any) -> None:
                         help=f"of {', '.join(OPS)}, in the suite {END_TO_END}; all if not given")  # fmt: skip
     parser.add_argument("--providers", type=names("provider", PROVIDERS), metavar="PROVIDERS",
                         help=f"of {', '.join(PROVIDERS)}; each suite those that it has, all if not given")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
+    pace = parser.add_mutually_exclusive_group()
+    pace.add_argument("--brief", action="store_true", help="fewer repetitions: A/A spreads are wider")
+    pace.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
     parser.add_argument("--json", type=Path, metavar="PATH",
                         help="append one JSON object a line there, as rows come in")  # fmt: skip
     parser.add_argument("--resume", action="store_true",
@@ -59,48 +63,65 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--resume goes on with the file of --json, which is not given")
     import torch
 
-    from benchmarks.diffusion.loop import loop_table
-    from benchmarks.end_to_end.command import run_end_to_end
-    from benchmarks.end_to_end.tables import end_to_end_table
     from benchmarks.journal import Journal
     from benchmarks.records import describe_environment
-    from benchmarks.summary import summarize_rows
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and PyTorch finds no CUDA device")
     device = torch.device(options.device)
-    if options.profile is not None and options.suite not in SUITES:
-        raise ValueError(f"--profile is {options.profile}; the suite {options.suite} takes no traces")
-    dtype = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
+    untraced = [suite for suite in options.suite if suite not in SUITES]
+    if options.profile is not None and untraced:
+        raise ValueError(f"--profile is {options.profile}; the suite {untraced[0]} takes no traces")
     journal = Journal(options.json, describe_environment(device), resume=options.resume)
-    others = {LOOPS: (_run_loops, loop_table), END_TO_END: (run_end_to_end, end_to_end_table)}
-    run_suite, write_table = others.get(options.suite, (_run_family, summarize_rows))
-    run_suite(options, device, dtype, journal)
-    rows = [row for row in journal.rows if row["suite"] == options.suite]
-    print(write_table(rows))
-    return 1 if any(row["status"] in ("invalid", "failed") for row in rows) else 0
+    for suite in options.suite:
+        own = options if len(options.suite) == 1 else _options_of(suite, options)
+        if own is not None:
+            print(_RUNNERS.get(suite, _run_family)(suite, own, device, journal), flush=True)
+    statuses = {row["status"] for row in journal.rows if row["suite"] in options.suite}
+    return 1 if statuses & {"invalid", "failed"} else 0
 
 
-def _run_family(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
-    """Measure the cases of one op."""
+def _options_of(suite: str, options: argparse.Namespace) -> argparse.Namespace | None:
+    """Return the options with what a suite has of cases, layouts and providers; None where it has nothing of one."""
+    if suite in SUITES:
+        family = SUITES[suite]
+        providers = [provider.name for provider in family.providers]
+        there = {"cases": tuple(family.shapes), "layouts": family.layouts, "providers": providers}
+    else:
+        there = {"cases": {LOOPS: tuple(LOOP_CASES), END_TO_END: CASE_NAMES}[suite]}
+    own = vars(options) | {"layouts": None}
+    for kind, names_there in there.items():
+        asked = getattr(options, kind)
+        own[kind] = asked and tuple(name for name in asked if name in names_there)
+        if own[kind] == ():
+            return None
+    return argparse.Namespace(**own)
+
+
+def _dtype(options: argparse.Namespace, device: torch.device) -> str:
+    return options.dtype or ("fp32" if device.type == "cpu" else "bf16")
+
+
+def _run_family(suite: str, options: argparse.Namespace, device: torch.device, journal: Journal) -> str:
+    """Measure the cases of one op, and return the table."""
     from benchmarks.journal import Part
     from benchmarks.suite import PACES, case_modes, suite_rows
+    from benchmarks.summary import summarize_rows
 
-    family = SUITES[options.suite]
+    family = SUITES[suite]
     providers = [each for each in family.providers if options.providers is None or each.name in options.providers]
     if not providers:
-        raise ValueError(f"--providers is {','.join(options.providers)}, of which {options.suite} has none")
-    chosen = choose_cases(
-        [family], options.cases, options.layouts, dtype, usual=CPU_SETS, timed=True, on_cpu=device.type == "cpu"
-    )
+        raise ValueError(f"--providers is {','.join(options.providers)}, of which {suite} has none")
+    chosen = choose_cases([family], options.cases, options.layouts, _dtype(options, device), usual=CPU_SETS, timed=True,
+                          on_cpu=device.type == "cpu")  # fmt: skip
     (cases,) = chosen.values()
     parts = {
-        (case, mode): Part(family.suite, case.op, case.to_dict(), mode)
+        (case, mode): Part(suite, case.op, case.to_dict(), mode)
         for case in cases
         for mode in case_modes(case, options.modes)
     }
     wanted = journal.wanted(parts, [provider.name for provider in providers])
-    pace = PACES["quick" if options.quick else "full"]
+    pace = PACES[pace_name(options)]
     measured = suite_rows(
         family, cases, options.modes, device, pace, providers, wanted=lambda case, mode: (case, mode) in wanted,
         traces=options.profile,
@@ -111,18 +132,19 @@ def _run_family(options: argparse.Namespace, device: torch.device, dtype: str, j
             journal.take(parts[case, mode], measured)
     finally:
         tables.end_progress()
+    return summarize_rows(journal.rows_of(suite))
 
 
-def _run_loops(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
-    """Measure whole sampling loops."""
-    from benchmarks.diffusion.loop import GRAPHED, OP, loop_cases, loop_rows
+def _run_loops(suite: str, options: argparse.Namespace, device: torch.device, journal: Journal) -> str:
+    """Measure whole sampling loops, and return the table."""
+    from benchmarks.diffusion.loop import GRAPHED, OP, loop_cases, loop_rows, loop_table
     from benchmarks.journal import Part
     from benchmarks.suite import PACES
 
     if options.layouts is not None:
-        raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {options.suite} has none")
-    pace = PACES["quick" if options.quick else "full"]
-    parts = {case: Part(LOOPS, OP, case.to_dict(dtype), "fwd") for case in loop_cases(options.cases, device)}
+        raise ValueError(f"--layouts is {','.join(options.layouts)}; the suite {suite} has none")
+    pace, dtype = PACES[pace_name(options)], _dtype(options, device)
+    parts = {case: Part(suite, OP, case.to_dict(dtype), "fwd") for case in loop_cases(options.cases, device)}
     wanted = journal.wanted(parts, (BASELINE, GRAPHED))
     measured = loop_rows(wanted, device, dtype, budget_s=pace.budget_s, min_rounds=pace.min_rounds)
     try:
@@ -131,3 +153,16 @@ def _run_loops(options: argparse.Namespace, device: torch.device, dtype: str, jo
             journal.take(parts[case], measured)
     finally:
         tables.end_progress()
+    return loop_table(journal.rows_of(suite))
+
+
+def _run_end_to_end(suite: str, options: argparse.Namespace, device: torch.device, journal: Journal) -> str:
+    """Measure training steps, sampling and encoding, and return the table."""
+    from benchmarks.end_to_end.command import run_end_to_end
+    from benchmarks.end_to_end.tables import end_to_end_table
+
+    run_end_to_end(options, device, _dtype(options, device), journal)
+    return end_to_end_table(journal.rows_of(suite))
+
+
+_RUNNERS = {LOOPS: _run_loops, END_TO_END: _run_end_to_end}

@@ -97,9 +97,10 @@ def _plan_sampler_step(problem: DiffusionProblem, mode: str, config: Any) -> Any
     from soda_kernels.diffusion import triton_impl
 
     call, schedule = problem.asked, problem.schedule
-    index, next_index, previous_index = (
-        torch.tensor(value, device=problem.x.device) for value in (INDEX, NEXT_INDEX, PREVIOUS_INDEX)
-    )
+    # Of one tensor, as the engine's loop hands them.
+    index, next_index, previous_index = torch.tensor(
+        [INDEX, NEXT_INDEX, PREVIOUS_INDEX], device=problem.x.device
+    ).unbind()
     return triton_impl.plan_sampler_step(
         problem.x, problem.prediction, problem.uncond, schedule.alpha, schedule.sigma, schedule.logsnr, index,
         next_index, call.method, call.target, CFG_SCALE if call.guided else 1.0, call.eta, call.clip_x0, call.rescale,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 import torch
 
 from benchmarks import tables
+from benchmarks.commands.arguments import pace_name
 from benchmarks.end_to_end.cases import DTYPES, LOSS_CURVE, SUITE, choose_cases
 from benchmarks.end_to_end.loss_curve import REFERENCE
 from benchmarks.end_to_end.providers import Contender, contenders
@@ -16,8 +18,11 @@ from benchmarks.journal import Journal, Part
 from benchmarks.providers import OURS
 from benchmarks.suite import PACES
 
-_FULL = {"budget_s": 12.0, "min_rounds": 5}
-"""Steps take from 50 ms to seconds: this is some forty rounds of the smallest case and five of the largest."""
+_LONGER: dict[str, dict[str, Any]] = {
+    "full": {"budget_s": 12.0, "min_rounds": 5}, "brief": {"budget_s": 4.0, "min_rounds": 4}, "quick": {}
+}  # fmt: skip
+"""Than of a kernel: steps take from 50 ms to seconds, and the full pace is some forty rounds of the smallest case and
+five of the largest."""
 
 
 def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str, journal: Journal) -> None:
@@ -43,7 +48,8 @@ def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str
             names = (OURS, REFERENCE) if op == LOSS_CURVE else [way.provider for way in chosen(op, dtype)]
             wanted += [(each, part) for each in journal.wanted({(case.name, op): part}, names)]
     keys = {key for key, _ in wanted}
-    pace = PACES["quick"] if options.quick else dataclasses.replace(PACES["full"], **_FULL)
+    name = pace_name(options)
+    pace = dataclasses.replace(PACES[name], **_LONGER[name])
     measured = end_to_end_rows(
         cases, options.ops, device, dtype, pace, tables.show_progress, chosen,
         wanted=lambda case, op: (case.name, op) in keys,

@@ -18,7 +18,7 @@ from soda_engine.data.loaders import Batch
 from soda_engine.diffusion.samplers import step_indices
 from soda_engine.models.soda import Soda
 
-_MOVE = 1e-6
+_MOVE = 1e-5
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -54,7 +54,7 @@ class EndToEndProblem:
         return copy.deepcopy(self.weights).to(dtype)
 
     def with_moved_encoder(self) -> EndToEndProblem:
-        """Return the problem with every weight of the encoder moved by some ten roundings of fp32."""
+        """Return the problem with every weight of the encoder moved by some hundred roundings of fp32."""
         weights = self.model(torch.float64)
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -27,6 +28,8 @@ from benchmarks.suite import Pace
 
 _AGAIN = "the better eager, again"
 MODES = {"train_step": "fwd+bwd", "sample": "fwd", "encode": "fwd", LOSS_CURVE: "fwd+bwd"}
+_MALLOPT = {-1: 2**31 - 1, -4: 0}
+"""glibc's M_TRIM_THRESHOLD, the largest, and M_MMAP_MAX, none (malloc.h)."""
 
 Row = dict[str, Any]
 
@@ -44,6 +47,8 @@ def end_to_end_rows(
         chosen: lists who runs an op.
         wanted: tells whether an op of a case is to be measured.
     """
+    if device.type == "cpu":
+        keep_memory()
     env, ceilings = describe_environment(device), measure_ceilings(device, quick=pace.quick_ceilings)
     constants = {"suite": SUITE, "timer": "wall", "env": env, "ceilings": describe_ceilings(ceilings)}
     for case in cases:
@@ -76,7 +81,7 @@ def _measure(
     case, device = problem.case, problem.device
     ready: dict[str, Built] = {}
     rows: dict[str, Row] = {}
-    yardsticks = _Yardsticks(problem, op)
+    yardsticks = Yardsticks(problem, op)
     flops = yardsticks.flops()
     for way in ways:
         say(f"{case.name} {op}: checking {way.name}")
@@ -84,7 +89,7 @@ def _measure(
             **constants, op=op, mode=MODES[op], provider=way.provider, variant=way.variant, flops=flops,
             bound="compute", case=case.to_dict(op, way.dtype),
         ) | {"images_per_s": None, "mfu": None}  # fmt: skip
-        rows[way.name] = row | _prepare(way, problem, op, yardsticks, ready)
+        rows[way.name] = row | prepare(way, problem, op, yardsticks, ready)
     times = _time(ready, ways, device, pace, lambda name: say(f"{case.name} {op}: timing {name}"))
     for name, built in ready.items():
         row = rows[name]
@@ -99,7 +104,7 @@ def _measure(
     return list(rows.values())
 
 
-class _Yardsticks:
+class Yardsticks:
     """What an op's results are compared with: the reference path's in fp64, and its own error in a dtype."""
 
     def __init__(self, problem: EndToEndProblem, op: str) -> None:
@@ -127,10 +132,14 @@ class _Yardsticks:
         return counter.get_total_flops()
 
 
-def _prepare(
-    way: Contender, problem: EndToEndProblem, op: str, yardsticks: _Yardsticks, ready: dict[str, Built]
+def prepare(
+    way: Contender, problem: EndToEndProblem, op: str, yardsticks: Yardsticks, ready: dict[str, Built]
 ) -> dict[str, Any]:
-    """Build a contender, hold it against fp64, keep it if it passes, and return what its row says of that."""
+    """Build a contender, hold it against fp64, and return what its row says of that.
+
+    Args:
+        ready: is given the contender by its name if it passes.
+    """
     reason = no_bf16(problem.device) if way.dtype == "bf16" else None
     if reason is not None:
         return {"status": "unavailable", "reason": reason}
@@ -173,6 +182,18 @@ def _spread(times: dict[str, list[float]]) -> float | None:
         return None
     again = times[_AGAIN]
     return min(timers.spread(times[name], again) for name in times if name.startswith(BASELINE))
+
+
+def keep_memory() -> None:
+    """Let the C library keep what is freed, in the whole process; nothing where it is not glibc.
+
+    Freed memory goes back to the system when it happens to lie at the heap's end, and then the next step waits for
+    fresh pages: the same step took 557 or 772 ms by what had run before in its process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in _MALLOPT.items():
+            mallopt(option, value)
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float:

@@ -9,8 +9,11 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.checkout import ROOT
+
+_HEARD_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +41,18 @@ def run_chunk(
         KeyboardInterrupt: this process was interrupted; the command is gone then too.
     """
     begun = time.monotonic()
-    # A group of its own: a signal reaches what it starts too, and Ctrl-C comes through here alone.
-    process = subprocess.Popen(
-        command, env=dict(environment), cwd=ROOT, stdin=subprocess.DEVNULL, process_group=0, pass_fds=held
-    )
+    process = subprocess.Popen(command, env=dict(environment), cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=held)
     try:
         code, was_cut = _wait(process, seconds - grace_s), False
         if code is None:
             was_cut = True
             code = _end(process, begun + seconds - time.monotonic())
     except KeyboardInterrupt:
+        _wait(process, _HEARD_S)  # Ctrl-C on a terminal reaches it as well
         _end(process, grace_s)
         raise
     finally:
-        _signal(process, signal.SIGKILL)
+        process.kill()
         process.wait()
     return Ended(code=code, was_cut=was_cut, seconds=time.monotonic() - begun)
 
@@ -70,12 +71,17 @@ def interruptible() -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> int:
-    _signal(process, signal.SIGINT)
-    code = _wait(process, seconds)
-    if code is None:
-        _signal(process, signal.SIGKILL)
-        code = process.wait()
-    return code
+    """Interrupt, then kill what is left of it and of all it has started."""
+    if process.poll() is None:
+        started = _started_by(process.pid)
+        process.send_signal(signal.SIGINT)
+        if _wait(process, seconds) is None:
+            started = _started_by(process.pid)
+            process.kill()
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    return process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
@@ -85,6 +91,13 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
         return None
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # nobody is left
-        os.killpg(process.pid, number)
+def _started_by(pid: int) -> set[int]:
+    """List the processes that one has started, and those that they have."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has gone
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found: set[int] = set()
+    while more := {child for child, parent in parents.items() if parent in found | {pid}} - found:
+        found |= more
+    return found

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.checkout import ROOT
-from benchmarks.commands import run
+from benchmarks.commands.run import ALL_SUITES
+from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import FAMILIES
 
-STAGES = ("tests", "tune", "suite", "e2e", "train")
-END_TO_END = "e2e"
-TRAINING = "train_cifar10"
-PATHS = ("ours", "reference")
+STAGES = ("tests", "tune", "suites", "e2e", "train")
+KERNEL_SUITES = tuple(suite for suite in ALL_SUITES if suite != END_TO_END)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,13 @@ def list_parts(
         train_minutes: the wall-clock budget of each training.
         rehearse: everything tiny, on a CPU.
     """
-    parts = [_tests(places), _tuning(places), *_suites(places), *_trainings(places, data, train_minutes)]
+    parts = [
+        _tests(places),
+        _tuning(places),
+        _suites(places, "suites", KERNEL_SUITES),
+        _suites(places, "e2e", (END_TO_END,)),
+        _training(places, data, train_minutes, rehearse),
+    ]
     chosen = [part for part in parts if part.stage in stages]
     return [_rehearsed(part, places) for part in chosen] if rehearse else chosen
 
@@ -82,35 +86,27 @@ def _tuning(places: Places) -> Part:
     )  # fmt: skip
 
 
-def _suites(places: Places) -> list[Part]:
-    return [
-        Part(
-            name=f"suite {suite}", stage=END_TO_END if suite == END_TO_END else "suite",
-            arguments=(
-                "-m", "benchmarks", "run", "--suite", suite, "--device", "cuda", "--json", str(places.file()),
-                "--resume",
-            ),
-        )
-        for suite in run.ALL_SUITES
-    ]  # fmt: skip
+def _suites(places: Places, stage: str, suites: Sequence[str]) -> Part:
+    return Part(
+        name=stage, stage=stage,
+        arguments=(
+            "-m", "benchmarks", "run", "--suite", ",".join(suites), "--device", "cuda", "--json", str(places.file()),
+            "--resume",
+        ),
+    )  # fmt: skip
 
 
-def _trainings(places: Places, data: Path | None, minutes: float) -> list[Part]:
+def _training(places: Places, data: Path | None, minutes: float, rehearse: bool) -> Part:
     missing = None
-    if not (ROOT / "benchmarks" / f"{TRAINING}.py").exists():
-        missing = f"this checkout has no benchmarks/{TRAINING}.py"
-    elif data is None:
-        missing = "no CIFAR-10: --data names its folder, `make carry DATA=DIR` brings it"
-    return [
-        Part(
-            name=f"train {path}", stage="train", done=(0,), missing=missing,
-            arguments=(
-                "-m", f"benchmarks.{TRAINING}", "--data", str(data), "--budget-minutes", f"{minutes:g}", "--path", path,
-                "--out", str(places.folder / f"{places.stem}-train-{path}"), "--device", "cuda",
-            ),
-        )
-        for path in PATHS
-    ]  # fmt: skip
+    if data is None and not rehearse:
+        missing = "no CIFAR-10: --data names its folder, and `make carry DATA=DIR` takes it along"
+    return Part(
+        name="train", stage="train", done=(0,), missing=missing,
+        arguments=(
+            "-m", "benchmarks.train_cifar10", "--data", str(data), "--budget-minutes", f"{minutes:g}",
+            "--device", "cuda", "--out", str(places.folder / f"{places.stem}-train"),
+        ),
+    )  # fmt: skip
 
 
 _REHEARSED_TESTS = ("tests/benchmarks/test_timers.py", "tests/benchmarks/test_roofline.py")
@@ -118,9 +114,12 @@ _TINY = ("--cases", "tiny")
 _REHEARSALS = {
     "tests": ("-m", "not gpu", *_REHEARSED_TESTS),
     "tune": (*_TINY, "--rehearse"),
-    "suite": (*_TINY, "--quick", "--device", "cpu", "--modes", "fwd", "--providers", "ours,eager"),
-    "e2e": (*_TINY, "--quick", "--device", "cpu", "--providers", "ours,eager"),
-    "train": ("--device", "cpu"),
+    "suites": (*_TINY, "--quick", "--device", "cpu", "--modes", "fwd", "--providers", "ours,eager"),
+    "e2e": (*_TINY, "--quick", "--device", "cpu", "--providers", "ours,eager", "--ops", "encode"),
+    "train": (
+        "--data", "digits", "--preset", "digits", "--device", "cpu", "--max-images", "256", "--probe-images", "100",
+        "--probe-epochs", "2",
+    ),
 }
 """What is added to a part's arguments: of an option that is given twice, the last counts."""
 

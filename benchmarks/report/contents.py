@@ -153,6 +153,25 @@ def _memory_cell(row: Row | None) -> Cell:
     return Cell("–", "missing") if mib is None else Cell(f"{mib:,.1f}")
 
 
+def rates_table(rows: Sequence[Row]) -> Table:
+    """Tell of each pipeline its images a second, and of each evaluation of a run also what its z were worth."""
+    columns = {
+        "minutes": ("train_seconds", lambda value: f"{value / 60:.2f}"),
+        "images/s": ("images_per_s", lambda value: f"{value:,.0f}"),
+        "over a step's": ("ratio", lambda value: f"{value:.1f}x"),
+        "linear probe": ("linear_probe", lambda value: f"{value:.2%}"),
+        "k-NN": ("knn", lambda value: f"{value:.2%}"),
+    }
+    shown = {title: how for title, how in columns.items() if any(row.get(how[0]) is not None for row in rows)}
+    lines = [
+        [Cell(" ".join(filter(None, (row["op"], row["case"]["id"], row["provider"], row["variant"])))), *(
+            Cell("–", "missing") if row.get(key) is None else Cell(text(row[key])) for key, text in shown.values()
+        )]
+        for row in rows
+    ]  # fmt: skip
+    return Table(header=["what", *shown], rows=lines)
+
+
 def name_of(row: Row) -> str:
     """Name what a row is of in words, but for its provider; the wall clock is not named."""
     case, timer = row["case"], row["timer"]

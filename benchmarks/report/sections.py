@@ -16,9 +16,10 @@ from benchmarks.report.contents import (
     means_table,
     noise_sentence,
     not_timed,
+    rates_table,
 )  # fmt: skip
 from benchmarks.report.figures import Picture
-from benchmarks.result_files import ResultFile, Row, newest_rows
+from benchmarks.result_files import ResultFile, Row, is_rate, newest_rows
 from benchmarks.speed_ups import SpeedUp, fastest_rows, own_provider, speed_ups
 
 
@@ -49,7 +50,7 @@ class Section:
 def section_of(file: ResultFile) -> Section:
     """Gather what is said of a file."""
     rows = newest_rows(file.rows)
-    timed = [row for row in rows if row["op"] != LOSS_CURVE]
+    timed = [row for row in rows if row["op"] != LOSS_CURVE and not is_rate(row)]
     gains = speed_ups(timed)
     suites = ", ".join(dict.fromkeys(row["suite"] for row in rows))
     title = f"{file.folder}: {suites}"
@@ -62,6 +63,9 @@ def section_of(file: ResultFile) -> Section:
         part_rows = [row for row in timed if _group(row) == group]
         part_gains = [gain for gain in gains if _group(gain.own) == group]
         section.parts.append(_part(group, part_rows, part_gains))
+    rates = [row for row in file.rows if is_rate(row)]  # every evaluation of a run
+    if rates:
+        section.parts.append(Part(title="images a second", table=rates_table(rates), pictures=[]))
     section.pictures = [
         picture for picture in (
             pictures.roofline(f"{title}: roofline", timed), *_loss_pictures(title, rows)

@@ -188,4 +188,3 @@ class Pretraining:
         lines = read_lines(Path(self.trainer.config.out) / "metrics.jsonl")
         losses = [line["window_loss"] for line in lines if line["kind"] == "train"]
         return losses[-1] if losses else None
-

@@ -149,11 +149,11 @@ def photo_rows(sizes: tuple[int, ...], seconds: float) -> list[Row]:
 
 
 def make_photo() -> bytes:
-    """Draw a JPEG with about as many bytes as a photograph of its size: blurred shapes under grain."""
+    """Draw a JPEG of 110 kB, as photographs of its size have: blurred shapes under grain."""
     generator = np.random.default_rng(0)
     shapes = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     pixels = np.asarray(shapes.resize(PHOTO_SIZE, Image.Resampling.BICUBIC)).astype(np.float32)
-    grain = generator.normal(0, 12, pixels.shape)
+    grain = generator.normal(0, 24, pixels.shape)
     file = io.BytesIO()
     Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
     return file.getvalue()

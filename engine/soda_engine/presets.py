@@ -5,7 +5,7 @@ the paper, [O] ours, where the paper's value could not be read.
 
 | field | digits | cifar10-small | cifar10-light | cifar10 | imagenet64 | imagenet128 | source |
 |---|---|---|---|---|---|---|---|
-| encoder | ResNet-18 / 4 | ResNet-18 / 2 | ResNet-18 | ResNet-18 | ResNet-50 | ResNet-50 | [B] 18 small, 50 at scale; widths [O] |
+| encoder | ResNet-18 / 4 | ResNet-18 / 2 | ResNet-18 | ResNet-18 | ResNet-50 | ResNet-50 | [B] depths; widths [O] |
 | stem | 3x3 | 3x3 | 3x3 | 3x3 | 3x3 | 7x7 | [B] 3x3 up to 64 px |
 | source, target px | 8, 8 | 16, 16 | 32, 32 | 32, 32 | 64, 64 | 224, 128 | [B] independent; sizes [O] |
 | length of z | 64 | 128 | 512 | 128 | 2048 | 2048 | [O] |
@@ -19,7 +19,7 @@ the paper, [O] ours, where the paper's value could not be read.
 | dropout | 0 | 0 | 0 | 0.1 | 0.1 | 0.1 | [B] 0.1; 0 [O] |
 | schedule | inverted cosine | same | same | same | same | same | [B] |
 | target | v | v | v | eps | eps | eps | [B] eps; v [O] |
-| views | light | crops, flips | classification | same | same | same | [B]; light, crops and flips to a plain target [O] |
+| views | light | crops, flips | classification | same | same | same | [B]; light; crops, flips to a plain target [O] |
 | denoiser's rate | 3e-3 | 2e-3 | 1e-3 | 1e-4 | 1e-4 | 1e-4 | [B] 1e-4, encoder x2; others [O] |
 | warm-up, images | 6k | 10k | 256k | 256k | 10M | 10M | [B]; lengths [O] |
 | then | cosine | constant | constant | constant | constant | constant | [B] |

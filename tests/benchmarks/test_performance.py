@@ -55,6 +55,13 @@ def test_gpu_and_cpu_losses_and_the_worst_are_named(tmp_path: Path) -> None:
     assert "- norm a nchw fwd: 0.50x of eager" in section and "no luck" in section
 
 
+def test_files_without_times_of_calls_are_passed_by(tmp_path: Path) -> None:
+    write_rows(tmp_path / "cpu" / "a.jsonl", [made_row("ours", 10.0), made_row("eager", 40.0)])
+    before = performance_section(tmp_path, tmp_path / "README.md")
+    write_rows(tmp_path / "cpu" / "b.jsonl", [made_row("ours", None, suite="train") | {"images_per_s": 150.0}])
+    assert performance_section(tmp_path, tmp_path / "README.md") == before
+
+
 def test_many_rows_become_means(tmp_path: Path) -> None:
     rows = [
         row

@@ -77,6 +77,20 @@ def test_no_row_is_dropped_and_losses_and_noise_are_marked(write: object) -> Non
         assert said in text
 
 
+def test_evaluations_of_a_run_are_a_table_of_their_own() -> None:
+    """Of a run all rows are shown, the path's last one and those before it."""
+    rows = [
+        made_row("ours", None, suite="train", op="cifar10")
+        | {"images_per_s": 150.0, "train_seconds": 60.0 * minutes, "linear_probe": 0.4, "knn": 0.375}
+        for minutes in (1, 2)
+    ]
+    (part,) = section_of(made_file(rows)).parts
+    assert part.table.header == ["what", "minutes", "images/s", "linear probe", "k-NN"]
+    assert [[cell.text for cell in line] for line in part.table.rows] == [
+        ["cifar10 a ours", minutes, "150", "40.00%", "37.50%"] for minutes in ("1.00", "2.00")
+    ]
+
+
 def test_whiskers_are_the_rounds_own_where_they_were_paired() -> None:
     paired = {"to": "eager", "p50": 0.25, "p20": 0.2, "p80": 0.5, "n": 9}
     gains = speed_ups([made_row("ours", 10.0, paired=paired), made_row("eager", 40.0), made_row("compile", 20.0)])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch
 from soda_engine.config import EncoderConfig
 from soda_engine.models.encoder import ResNetEncoder
 from soda_engine.models.folded import folded
+from soda_engine.train.ema import Ema
 from tests.numerics import assert_accurate_in_norm, assert_exact
 
 
@@ -56,11 +60,45 @@ def test_under_autocast_convolutions_are_in_bf16() -> None:
     assert_accurate_in_norm(z, plain, exact)
 
 
-def test_weights_are_those_of_the_call() -> None:
+CHANGES: dict[str, Callable[[ResNetEncoder], object]] = {
+    "in-place": lambda encoder: encoder.conv1.weight.mul_(2),
+    "through-data": lambda encoder: encoder.layer2[0].conv2.weight.data.mul_(2),
+    "another-tensor": lambda encoder: setattr(encoder, "bn1", copy.deepcopy(encoder.layer1[0].bn1)),
+    "statistics": lambda encoder: encoder.bn1.running_mean.add_(1),  # type: ignore[union-attr]
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_values_are_folded_anew(change: str) -> None:
     encoder = encoder_with_statistics("resnet18", "small")
-    x, encode = torch.randn(2, 3, 16, 16), folded(encoder)
+    encode = folded(encoder)
+    assert folded(encoder) is encode
     with torch.no_grad():
-        before = encode(x)
-        encoder.conv1.weight.mul_(2)
-        assert torch.equal(encode(x), before)
-        assert not torch.allclose(folded(encoder)(x), before)
+        CHANGES[change](encoder)
+    assert_folded_anew(encoder, encode)
+
+
+def test_a_moved_average_is_folded_anew() -> None:
+    average = Ema(encoder_with_statistics("resnet18", "small"), 0.5)
+    encode, source = folded(average.model), encoder_with_statistics("resnet18", "small")
+    with torch.no_grad():
+        source.conv1.weight.mul_(2)
+    average.update(source)
+    assert_folded_anew(average.model, encode)
+
+
+@torch.no_grad()
+def assert_folded_anew(encoder: ResNetEncoder, before: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Require another function, whose results are those of a copy that was never folded."""
+    x = torch.randn(2, 3, 16, 16)
+    assert folded(encoder) is not before
+    assert torch.equal(folded(encoder)(x), folded(copy.deepcopy(encoder))(x))
+    assert not torch.equal(folded(encoder)(x), before(x))
+
+
+def test_what_was_folded_goes_with_its_encoder() -> None:
+    encoder = encoder_with_statistics("resnet18", "small")
+    gone = weakref.ref(folded(encoder))
+    del encoder
+    gc.collect()
+    assert gone() is None

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -355,7 +356,17 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1.0))
     with pytest.raises(ValueError, match=r"was started with optim.lr = 0.002, not 1.0; .*another --out"):
         Trainer(other)
-    assert Trainer(dataclasses.replace(config, max_minutes=None)).train().images == 96
+    loading = dataclasses.replace(config.dataset, memory_mib=0, workers=1)  # which changes no image
+    assert Trainer(dataclasses.replace(config, max_minutes=None, dataset=loading)).train().images == 96
+
+
+def test_waiting_for_the_device_is_training_time(tmp_path: Path) -> None:
+    trainer, fetch = Trainer(tiny_run(tmp_path)), Tensor.tolist
+    trainer.step(next(trainer._batches()))
+    before = trainer.progress.seconds
+    with patch.object(Tensor, "tolist", lambda self: (time.sleep(0.05), fetch(self))[1]):
+        trainer.read()
+    assert trainer.progress.seconds - before >= 0.05
 
 
 def test_the_length_of_a_cosine_run_is_part_of_it(tmp_path: Path) -> None:

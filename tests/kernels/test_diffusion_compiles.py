@@ -118,7 +118,21 @@ def test_largest_whole_samples(arch: str) -> None:
     for shape, layout, method in (
         ((8, 5, 64, 64), "nhwc", DDIM), ((8, 9, 32, 32), "nchw", DDPM), ((8, 5, 32, 32), "nhwc", DDPM)
     ):  # fmt: skip
-        assert len(Images(shape, layout).step(*method, guidance_rescale=0.7).launches) == 2
+        assert Images(shape, layout).step(*method, guidance_rescale=0.7).config.walkers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_walks_over_samples(arch: str) -> None:
+    """By one program and by several, and with a launch before."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((64, 3, 64, 64), (16, 3, 128, 128), (256, 16, 64, 64), (8, 3, 256, 256)):
+            for layout in LAYOUTS:
+                images = Images(shape, layout, dtype)
+                found += [images.step(*method, guidance_rescale=0.7) for method in (DDPM, SECOND_ORDER)]
+    assert {plan.config.walkers for plan in found} == {0, 1, 8}
+    assert complaints(found, arch, 0) == []
 
 
 @pytest.mark.slow
@@ -129,7 +143,7 @@ def test_tiles_of_every_width(arch: str) -> None:
     for channels in (2, 4, 8, 16, 32, 64):
         images = Images((256, channels, 32, 32), "nhwc")
         found += [images.noising("logit_normal", images()), images.loss("v", images(), True), images.step(*DDPM)]
-    assert len({plan.config for plan in found}) == 6
+    assert len({plan.config.channels for plan in found}) == 6
     assert complaints(found, arch, 0) == []
 
 

@@ -5,6 +5,7 @@ Where there is a GPU they run on it, compiled; without one in Triton's interpret
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -31,6 +32,8 @@ SHAPES = [(2, 3, 8, 8), (3, 5, 7, 9)]
 TILES = {
     "one": None, "several": TileConfig(positions=32, channels=4, num_warps=1),
     "large": TileConfig(positions=4096, channels=4, num_warps=8),
+    "one walker": TileConfig(positions=32, channels=4, num_warps=1, walkers=1),
+    "walkers": TileConfig(positions=16, channels=4, num_warps=1, walkers=3),
 }  # fmt: skip
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -218,12 +221,12 @@ def test_sampler_step(layout: str, method: str, target: str, indices: tuple[int,
         assert_close(result, expected)
 
 
-@pytest.mark.parametrize("tile", ["whole", "several"])
+@pytest.mark.parametrize("tile", ["one", "one walker", "walkers", "several"])
 @pytest.mark.parametrize("draws", [False, True])
 @shapes
 @layouts
 def test_guidance_rescale(layout: str, shape: tuple[int, ...], draws: bool, tile: str) -> None:
-    """In one launch where a program holds a whole sample, else in two."""
+    """In one launch where a program holds a whole sample or walks over it, else in two."""
     from soda_kernels.diffusion.triton_impl import plan_sampler_step
 
     x_t, cond, uncond = image(shape, layout), image(shape, layout) + 3.0, image(shape, "nchw")
@@ -233,7 +236,7 @@ def test_guidance_rescale(layout: str, shape: tuple[int, ...], draws: bool, tile
         *(torch.tensor(index, device=DEVICE) for index in (50, 40)), "ddim", "v", 5.0, 0.5 * draws, None, 0.7, None,
         None, *key(shape[0])[:2],
     )  # fmt: skip
-    plan = plan_sampler_step(*arguments, config=TILES["several"] if tile == "several" else None)
+    plan = plan_sampler_step(*arguments, config=TILES[tile])
     assert len(plan.launches) == (2 if tile == "several" else 1)
     for result, expected in zip(plan.run(), reference.sampler_step(*arguments), strict=True):
         assert result.isfinite().all()
@@ -292,6 +295,11 @@ def plans(shape: tuple[int, ...], layout: str, tile: str) -> list[tuple[Any, lis
     rescaling = [*sampling[:13], 0.7, *sampling[14:]]
     whole = triton_impl.plan_sampler_step(*rescaling)
     split = triton_impl.plan_sampler_step(*rescaling, config=config or TILES["several"])
+    size = (config or TILES["several"]).positions
+    walked, shared = (
+        triton_impl.plan_sampler_step(*rescaling, config=dataclasses.replace(TILES[walk], positions=size))
+        for walk in ("one walker", "walkers")
+    )
     return [
         (triton_impl.plan_draw_step_index(*own_key, 100, "logit_normal", 0, 1), list(own_key), 1, 0),
         (triton_impl.plan_add_noise(*noising, config=config), noising, 1, 2),
@@ -305,6 +313,8 @@ def plans(shape: tuple[int, ...], layout: str, tile: str) -> list[tuple[Any, lis
         (triton_impl.plan_sampler_step(*sampling, config=config), sampling, 1, 6),
         (whole, rescaling, 1, 6),
         (split, rescaling, 2, 8),
+        (walked, rescaling, 1, 6),
+        (shared, rescaling, 1, 4 + 3 * 2),
     ]  # fmt: skip
 
 
@@ -324,7 +334,7 @@ def test_traffic_and_launches(layout: str) -> None:
     """Images are read and written once, noise never; beside them there are a few sectors a program.
 
     In tiles as there are where images fill the chip: smaller ones are taken where they do not. To rescale guidance in
-    two launches cond and uncond are read twice.
+    two launches cond and uncond are read twice, and by each program where several walk over one sample.
     """
     shape = (2, 4, 64, 64)
     for plan, _, launches, images in plans(shape, layout, "large"):
@@ -341,17 +351,32 @@ def problem(batch: int, positions: int, channels: int = 1, **options: bool) -> P
 
 
 def test_tiles_fill_the_chip_or_grow() -> None:
-    assert heuristic(problem(1, 3 * 32 * 32)).positions == 512
-    assert heuristic(problem(256, 3 * 64 * 64)).positions == 4096
-    wide = heuristic(problem(64, 32 * 32, 256))
-    assert wide.channels == 64 and wide.positions * wide.channels == 4096
+    assert heuristic(problem(1, 3 * 32 * 32)).positions == 1024
+    assert heuristic(problem(256, 3 * 64 * 64)).positions == 8192
+    wide, step = heuristic(problem(64, 32 * 32, 256)), heuristic(problem(64, 32 * 32, 256, steps=True))
+    assert wide.channels == 64 and wide.positions * wide.channels == 8192
+    assert step.channels == 64 and step.positions * step.channels == 4096
 
 
 def test_a_tile_holds_a_whole_sample_where_that_is_wanted_and_can_be() -> None:
     assert heuristic(problem(256, 4 * 64 * 64, draws=False, whole=True)).positions == 4 * 64 * 64
-    assert heuristic(problem(256, 4 * 64 * 64, draws=True, whole=True)).positions == 4096
-    assert heuristic(problem(256, 5 * 64 * 64, draws=False, whole=True)).positions == 4096
-    assert heuristic(problem(256, 4 * 64 * 64, draws=False)).positions == 4096
+    assert heuristic(problem(256, 4 * 64 * 64, draws=False)).positions == 8192
+    for draws, channels in ((True, 4), (False, 5)):
+        assert heuristic(problem(256, channels * 64 * 64, draws=draws, whole=True)).walkers == 1
+
+
+def test_programs_that_walk_over_a_sample() -> None:
+    """One where that leaves little of the chip idle, else as many as fill it, unless the sample is large."""
+
+    def walkers(batch: int, elements: int) -> int:
+        return heuristic(problem(batch, elements, whole=True)).walkers
+
+    assert [walkers(batch, 3 * 64 * 64) for batch in (64, 132, 256)] == [1, 1, 1]
+    assert walkers(16, 3 * 128 * 128) == 8
+    assert walkers(32, 4 * 64 * 64) == 4
+    assert walkers(1, 4 * 64 * 64) == 8  # as many as there are tiles
+    assert [walkers(batch, 3 * 256 * 256) for batch in (8, 132, 140)] == [0, 1, 0]
+    assert heuristic(problem(16, 3 * 128 * 128)).walkers == 0
 
 
 @pytest.mark.parametrize("whole", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ import torch
 from soda_kernels import _tuning
 
 # Elements of a tile at the most and at the least, and how many programs a multiprocessor has to have before tiles grow.
-# Each reads up to eight scalars in sectors of 32 bytes of their own, of what a tile of 512 moves in bf16 up to 12%, of
-# 4096 1.5%.
-_MOST, _LEAST = 4096, 512
+# Each reads up to seven scalars in sectors of 32 bytes of their own, of what a tile of 1024 moves in bf16 up to 6%, of
+# 8192 1%. Fewer than 1024 would leave schedulers of a multiprocessor without a warp.
+_MOST, _LEAST = 8192, 1024
+# Of several channels in a sampler's step: larger ones spill (compiled for sm_90).
+_MOST_OF_A_STEP = 4096
 _PROGRAMS = 0.75
 _WIDEST = 64
 # Of one channel a thread's fill an access of 16 bytes; of several, 8 spill in some tiles (compiled for sm_90).
@@ -25,6 +28,14 @@ _MOST_WARPS = 32
 # Where noise is drawn, elements of one channel and of several; where none is, they are taken as they lie in memory.
 _MOST_OF_A_WHOLE = {False: 8192, True: 4096}
 _MOST_OF_A_WHOLE_WITHOUT_NOISE = 16384
+# To rescale guidance in larger samples, programs walk over a sample twice: all of it, then their part of its tiles. By
+# estimates for an H200 from compiled instructions, 28 an element for the first walk and 50 to 126 for the second, one
+# program a sample takes no longer than with a launch before it, where a sample's elements times the share of
+# multiprocessors that are idle in the last wave are no more than these. Else several share a sample, and each reads all
+# of it, from L2: up to so many elements that takes no longer than the launch.
+_MOST_IDLE_ELEMENTS = 8192
+_MOST_READ_AGAIN = 49152
+_TILE_OF_A_PART = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +53,9 @@ class Problem:
     draws: bool = True
     """Whether noise is drawn, for which registers are needed."""
     whole: bool = False
-    """Whether a tile that holds a whole sample is wanted, if there is one."""
+    """Whether moments of whole samples are needed: by a program that holds one or walks over it, if there is a way."""
+    steps: bool = False
+    """Whether it is a sampler's step, which needs more registers."""
 
     @property
     def key(self) -> str:
@@ -62,6 +75,8 @@ class TileConfig:
     """A multiple of four."""
     channels: int
     num_warps: int
+    walkers: int = 0
+    """Programs of a sample, each of which walks over all of it first, or 0 where each program has one tile."""
 
 
 def choose(problem: Problem, device: torch.device) -> TileConfig:
@@ -73,14 +88,14 @@ def choose(problem: Problem, device: torch.device) -> TileConfig:
 def heuristic(problem: Problem, num_multiprocessors: int = 132) -> TileConfig:
     """Return the tile to take unmeasured.
 
-    It is a whole sample if that is wanted and can be; else as large as leaves programs enough, and wide enough to fill
-    sectors.
+    It is a whole sample if that is wanted and can be, or a walk over one; else as large as leaves programs enough, and
+    wide enough to fill sectors.
     """
-    whole = _whole_sample(problem) if problem.whole else None
-    if whole is not None:
-        return whole
-    width = min(_tuning.power_of_two(problem.channels), _WIDEST)
-    size = _MOST
+    if problem.whole:
+        whole = _whole_sample(problem) or _walk(problem, num_multiprocessors)
+        if whole is not None:
+            return whole
+    width, size = _width(problem), _most(problem)
     while size > _LEAST and _programs(problem, _tile_of(problem, size, width)) < _PROGRAMS * num_multiprocessors:
         size //= 2
     return _tile_of(problem, size, width)
@@ -88,12 +103,22 @@ def heuristic(problem: Problem, num_multiprocessors: int = 132) -> TileConfig:
 
 def candidates(problem: Problem) -> Iterator[TileConfig]:
     """Yield the tiles that are worth a measurement; some may need more registers than there are."""
-    widest = min(_tuning.power_of_two(problem.channels), _WIDEST)
+    widest = _width(problem)
     widths = [width for width in (16, 32) if width < widest] + [widest]
-    sizes = [_LEAST << power for power in range(5)]
+    sizes = [_LEAST // 2 << power for power in range(5)]
     tiles = [_tile_of(problem, *each) for each in itertools.product(sizes, widths, (4, 8, 16))]
-    whole = _whole_sample(problem) if problem.whole else None
-    yield from dict.fromkeys(tiles if whole is None else [*tiles, whole])
+    if problem.whole:
+        whole = _whole_sample(problem)
+        tiles += [whole] if whole else [_walking(problem, 1 << power) for power in range(7)]
+    yield from dict.fromkeys(tiles)
+
+
+def _width(problem: Problem) -> int:
+    return min(_tuning.power_of_two(problem.channels), _WIDEST)
+
+
+def _most(problem: Problem) -> int:
+    return _MOST_OF_A_STEP if problem.steps and problem.channels > 1 else _MOST
 
 
 def _programs(problem: Problem, tile: TileConfig) -> int:
@@ -106,6 +131,22 @@ def _whole_sample(problem: Problem) -> TileConfig | None:
     rows, width = max(4, _tuning.power_of_two(problem.positions)), _tuning.power_of_two(problem.channels)
     most = _MOST_OF_A_WHOLE[problem.channels > 1] if problem.draws else _MOST_OF_A_WHOLE_WITHOUT_NOISE
     return _tile(rows, width) if rows * width <= most else None
+
+
+def _walk(problem: Problem, num_multiprocessors: int) -> TileConfig | None:
+    """Return how programs walk over samples, or None where a launch before takes less time."""
+    elements, waves = problem.positions * problem.channels, problem.batch / num_multiprocessors
+    if elements * (math.ceil(waves) - waves) <= _MOST_IDLE_ELEMENTS:
+        return _walking(problem, 1)
+    walkers = _tuning.power_of_two(math.ceil(_PROGRAMS / waves))
+    return _walking(problem, walkers) if walkers > 1 and elements <= _MOST_READ_AGAIN else None
+
+
+def _walking(problem: Problem, walkers: int) -> TileConfig:
+    """Return a walk by so many programs, or as many as there are tiles."""
+    tile = _tile_of(problem, _most(problem) if walkers == 1 else _TILE_OF_A_PART, _width(problem), 4)
+    tiles = _programs(problem, tile) // problem.batch
+    return dataclasses.replace(tile, walkers=min(walkers, 1 << tiles.bit_length() - 1))
 
 
 def _tile_of(problem: Problem, size: int, width: int, elements_of_a_thread: int | None = None) -> TileConfig:

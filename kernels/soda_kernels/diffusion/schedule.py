@@ -20,6 +20,8 @@ _CLAMP = 1e-5
 class NoiseSchedule:
     """Tables over the step index, 0 the cleanest, each of shape [num_steps].
 
+    They are columns of one tensor, so that what a step needs of several of them comes with one sector of memory.
+
     Attributes:
         alpha_bar: the share of the signal's variance. alpha: its root. sigma: the root of 1 - alpha_bar.
         logsnr: ln(alpha_bar / (1 - alpha_bar)).
@@ -51,7 +53,7 @@ class NoiseSchedule:
         if not bool(((exact > 0) & (exact < 1)).all()):
             raise ValueError("alpha_bar has values outside (0, 1); clamp them, since logsnr must be finite")
         tables = (exact, exact.sqrt(), (1 - exact).sqrt(), exact.log() - torch.log1p(-exact))
-        return cls(*(table.to(dtype) for table in tables), name=name)
+        return cls(*torch.stack(tables, dim=1).to(dtype).unbind(1), name=name)
 
     @classmethod
     def inverted_cosine(cls, num_steps: int, *, dtype: torch.dtype = torch.float32) -> NoiseSchedule:
@@ -102,8 +104,8 @@ class NoiseSchedule:
         """Return the schedule with its tables on `device`; itself if they are there."""
         if self.device == torch.device(device):
             return self
-        tables = (table.to(device) for table in (self.alpha_bar, self.alpha, self.sigma, self.logsnr))
-        return NoiseSchedule(*tables, name=self.name)
+        tables = torch.stack((self.alpha_bar, self.alpha, self.sigma, self.logsnr), dim=1)
+        return NoiseSchedule(*tables.to(device).unbind(1), name=self.name)
 
 
 def _times(num_steps: int) -> Tensor:

@@ -122,6 +122,6 @@ def draw_step_index(
 
 
 @triton.jit
-def look_up(table_ptr, index, num_steps):
+def look_up(table_ptr, index, num_steps, stride):
     """Return table[index] in fp32, or NaN for an index that the table does not have."""
-    return tl.load(table_ptr + index, (index >= 0) & (index < num_steps), float("nan")).to(tl.float32)
+    return tl.load(table_ptr + index * stride, (index >= 0) & (index < num_steps), float("nan")).to(tl.float32)

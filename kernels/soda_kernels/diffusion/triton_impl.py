@@ -44,7 +44,7 @@ class _Geometry:
     @classmethod
     def of(
         cls, kernel: str, images: Sequence[Tensor], config: TileConfig | None, *, draws: bool = True,
-        whole: bool = False,
+        whole: bool = False, steps: bool = False,
     ) -> _Geometry:  # fmt: skip
         """Cut dense images.
 
@@ -53,6 +53,7 @@ class _Geometry:
             draws: whether noise is drawn, for which elements are told apart by their channels and positions. Without it
                 images of one layout are taken as they lie in memory.
             whole: whether a tile that holds a whole sample is wanted, if there is one.
+            steps: whether it is a sampler's step.
         """
         x = images[0]
         channels, positions = x.shape[1], x.shape[2:].numel()
@@ -61,7 +62,7 @@ class _Geometry:
             channels, positions = 1, channels * positions
         problem = Problem(
             kernel=kernel, batch=x.shape[0], positions=positions, channels=channels, draws=draws, whole=whole,
-            element_bytes=tuple(sorted({image.element_size() for image in images})),
+            steps=steps, element_bytes=tuple(sorted({image.element_size() for image in images})),
         )  # fmt: skip
         return cls(problem=problem, config=config or choose(problem, x.device))
 
@@ -192,7 +193,10 @@ def plan_denoising_loss(
     total = Launch(
         kernel=_denoising_loss_total_kernel, grid=(len(prediction),),
         arguments={
-            **{name: tiles.arguments[name] for name in ("partial_ptr", "index_ptr", "weights_ptr", "num_steps")},
+            **{
+                name: tiles.arguments[name]
+                for name in ("partial_ptr", "index_ptr", "weights_ptr", "weights_stride", "num_steps")
+            },
             "loss_ptr": loss, "chunks": geometry.chunks, "loss_share": 1 / prediction[0].numel(),
         },
         constants={"BLOCK": _TOTAL_BLOCK}, num_warps=4,
@@ -226,20 +230,22 @@ def plan_sampler_step(
     uncond, previous_x0 = (x if x is None else x.contiguous(memory_format=layout) for x in (uncond, previous_x0))
     x_next, x0 = _empty_like(x_t), _empty_like(x_t)
     draws = method == "ddpm" or eta > 0.0
-    rescales = guidance_rescale > 0.0
+    rescales = guidance_rescale > 0.0 and uncond is not None
     kernel = "-".join(["sampler_step", method, *["guided"] * (uncond is not None), *["rescaled"] * rescales,
                        *["drawing"] * draws])  # fmt: skip
-    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales)
+    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales, steps=True)
     before: tuple[Launch, ...] = ()
-    moments = {"moments_ptr": None, "parts": 0}
-    if rescales and uncond is not None and geometry.chunks > 1:
+    walkers = geometry.config.walkers if rescales else 0
+    moments = {"moments_ptr": None, "parts": walkers}
+    if uncond is not None and rescales and geometry.chunks > 1 and not walkers:
         before = (_guidance_moments(cond, uncond, cfg_scale),)
         moments = {name: before[0].arguments[name] for name in moments}
     launch = Launch(
-        kernel=_sampler_step_kernel, grid=(x_t.shape[0] * geometry.chunks,),
+        kernel=_sampler_step_kernel, grid=(x_t.shape[0] * (walkers or geometry.chunks),),
         arguments={
             "x_t_ptr": x_t, "cond_ptr": cond, "uncond_ptr": uncond, "previous_x0_ptr": previous_x0,
-            "x_next_ptr": x_next, "x0_ptr": x0, **_tables(alpha, sigma), "logsnr_ptr": logsnr.contiguous(),
+            "x_next_ptr": x_next, "x0_ptr": x0, **_tables(alpha, sigma),
+            "logsnr_ptr": logsnr, "logsnr_stride": logsnr.stride(0),
             "step_index_ptr": step_index, "next_index_ptr": next_index, "previous_index_ptr": previous_index,
             "seed_ptr": seed, "ids_ptr": sample_ids if sample_ids is None else sample_ids.contiguous(),
             **geometry.arguments, **moments, "cfg_scale": cfg_scale, "eta": eta, "clip_x0": clip_x0 or 0.0,
@@ -247,7 +253,7 @@ def plan_sampler_step(
         },
         constants={
             **geometry.constants("sampler"), "METHOD": method, "TARGET": target, "CLIPS": clip_x0 is not None,
-            "DRAWS": draws, "RESCALES": rescales, "PARTS": _MOST_PARTS,
+            "DRAWS": draws, "RESCALES": rescales, "WALKS": walkers > 0, "PARTS": _MOST_PARTS,
         },
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
@@ -293,7 +299,7 @@ def _plan_errors(
         arguments={
             "prediction_ptr": prediction, "x0_ptr": None if target == "eps" else x0,
             "index_ptr": step_index.contiguous(), **_tables(alpha, sigma),
-            "weights_ptr": weights if weights is None else weights.contiguous(),
+            "weights_ptr": weights, "weights_stride": 0 if weights is None else weights.stride(0),
             **_key(seed, sample_ids, step), "dloss_ptr": dloss,
             "partial_ptr": partial, "loss_ptr": loss, "gradient_ptr": gradient, **geometry.arguments,
             "loss_share": 1 / prediction[0].numel(),
@@ -314,9 +320,9 @@ def _plan_scaling(image: Tensor, factors: Tensor, index: Tensor | None, config: 
     launch = Launch(
         kernel=_scale_samples_kernel, grid=(len(image) * geometry.chunks,),
         arguments={
-            "image_ptr": image, "scaled_ptr": scaled, "factor_ptr": factors if index is None else factors.contiguous(),
+            "image_ptr": image, "scaled_ptr": scaled, "factor_ptr": factors,
             "index_ptr": index if index is None else index.contiguous(),
-            "factor_stride": factors.stride(0) if index is None else 1, "num_factors": len(factors),
+            "factor_stride": factors.stride(0), "num_factors": len(factors),
             "num": geometry.positions, "chunks": geometry.chunks,
         },
         constants={"BLOCK": geometry.config.positions}, num_warps=geometry.config.num_warps,
@@ -325,7 +331,10 @@ def _plan_scaling(image: Tensor, factors: Tensor, index: Tensor | None, config: 
 
 
 def _tables(alpha: Tensor, sigma: Tensor) -> dict[str, Any]:
-    return {"alpha_ptr": alpha.contiguous(), "sigma_ptr": sigma.contiguous(), "num_steps": len(alpha)}
+    return {
+        "alpha_ptr": alpha, "sigma_ptr": sigma, "alpha_stride": alpha.stride(0), "sigma_stride": sigma.stride(0),
+        "num_steps": len(alpha),
+    }  # fmt: skip
 
 
 def _sampling(sampling: str) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def _draw_step_index_kernel(
 
 @triton.jit
 def _add_noise_kernel(
-    x0_ptr, x_t_ptr, index_ptr, drawn_ptr, alpha_ptr, sigma_ptr, seed_ptr, ids_ptr, step_ptr,
-    num_steps, first_stratum, num_strata, positions, channels, position_chunks, chunks,
+    x0_ptr, x_t_ptr, index_ptr, drawn_ptr, alpha_ptr, sigma_ptr, alpha_stride, sigma_stride, seed_ptr, ids_ptr,
+    step_ptr, num_steps, first_stratum, num_strata, positions, channels, position_chunks, chunks,
     x0_position_stride, x0_channel_stride, x_t_position_stride, x_t_channel_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
     STEP_PER_SAMPLE: tl.constexpr, SAMPLING: tl.constexpr, TIMESTEP: tl.constexpr, SHARED_ID: tl.constexpr,
@@ -73,7 +73,8 @@ def _add_noise_kernel(
         index = tl.load(index_ptr + sample)
     drawn = noise(seed, sample_id, step, first_position, first_channel, positions, POSITIONS, CHANNELS, STREAM, FOURS)
     x0 = load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists)
-    x_t = x0 * look_up(alpha_ptr, index, num_steps) + drawn * look_up(sigma_ptr, index, num_steps)
+    alpha = look_up(alpha_ptr, index, num_steps, alpha_stride)
+    x_t = x0 * alpha + drawn * look_up(sigma_ptr, index, num_steps, sigma_stride)
     to = x_t_ptr + start + position * x_t_position_stride + channel * x_t_channel_stride
     tl.store(to, x_t.to(x_t_ptr.dtype.element_ty), exists)
 
@@ -90,7 +91,7 @@ def _scale_samples_kernel(
     if index_ptr is None:
         factor = tl.load(factor_ptr + sample.to(tl.int64) * factor_stride)
     else:
-        factor = look_up(factor_ptr, tl.load(index_ptr + sample), num_factors)
+        factor = look_up(factor_ptr, tl.load(index_ptr + sample), num_factors, factor_stride)
     element = chunk * BLOCK + tl.arange(0, BLOCK)
     at = sample.to(tl.int64) * num + element
     scaled = tl.load(image_ptr + at, element < num, 0.0).to(tl.float32) * factor.to(tl.float32)
@@ -99,8 +100,9 @@ def _scale_samples_kernel(
 
 @triton.jit
 def _denoising_loss_kernel(
-    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, weights_ptr, seed_ptr, ids_ptr, step_ptr, dloss_ptr,
-    partial_ptr, loss_ptr, gradient_ptr, num_steps, positions, channels, position_chunks, chunks, loss_share,
+    prediction_ptr, x0_ptr, index_ptr, alpha_ptr, sigma_ptr, alpha_stride, sigma_stride, weights_ptr, weights_stride,
+    seed_ptr, ids_ptr, step_ptr, dloss_ptr, partial_ptr, loss_ptr, gradient_ptr,
+    num_steps, positions, channels, position_chunks, chunks, loss_share,
     prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride, dloss_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
     STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
@@ -127,11 +129,12 @@ def _denoising_loss_kernel(
                        POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
         if TARGET == "v":
             index = tl.load(index_ptr + sample)
-            target = look_up(alpha_ptr, index, num_steps) * target - look_up(sigma_ptr, index, num_steps) * x0
+            alpha = look_up(alpha_ptr, index, num_steps, alpha_stride)
+            target = alpha * target - look_up(sigma_ptr, index, num_steps, sigma_stride) * x0
         error -= target
     weight = 1.0
     if weights_ptr is not None and (partial_ptr is None or gradient_ptr is not None):
-        weight = look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
+        weight = look_up(weights_ptr, tl.load(index_ptr + sample), num_steps, weights_stride)
     if gradient_ptr is not None:
         factor = 2.0 * loss_share * weight
         if dloss_ptr is not None:
@@ -148,7 +151,7 @@ def _denoising_loss_kernel(
 
 @triton.jit
 def _denoising_loss_total_kernel(
-    partial_ptr, index_ptr, weights_ptr, loss_ptr, num_steps, chunks, loss_share, BLOCK: tl.constexpr
+    partial_ptr, index_ptr, weights_ptr, weights_stride, loss_ptr, num_steps, chunks, loss_share, BLOCK: tl.constexpr
 ):
     """One sample's loss, from its tiles' sums in their order."""
     sample = tl.program_id(0)
@@ -158,5 +161,5 @@ def _denoising_loss_total_kernel(
         total += tl.load(partial_ptr + sample.to(tl.int64) * chunks + chunk, chunk < chunks, 0.0)
     loss = tl.sum(total, axis=0) * loss_share
     if weights_ptr is not None:
-        loss *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps).to(tl.float32)
+        loss *= look_up(weights_ptr, tl.load(index_ptr + sample), num_steps, weights_stride)
     tl.store(loss_ptr + sample, loss)

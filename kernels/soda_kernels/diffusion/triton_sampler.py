@@ -2,7 +2,8 @@
 
 Formulas and their sources stand in reference.py; every program forms the step's few coefficients from the tables again.
 To rescale guidance takes the standard deviations of whole samples. They come from the program that steps where it holds
-a whole sample, else from a kernel before it, which leaves a few moments of each sample in their order.
+a whole sample or walks over one first, else from a kernel before it, which leaves a few moments of each sample in their
+order.
 """
 
 from __future__ import annotations
@@ -16,84 +17,96 @@ from soda_kernels.diffusion.triton_device import load, look_up, noise, place
 @triton.jit
 def _sampler_step_kernel(
     x_t_ptr, cond_ptr, uncond_ptr, previous_x0_ptr, x_next_ptr, x0_ptr,
-    alpha_ptr, sigma_ptr, logsnr_ptr, step_index_ptr, next_index_ptr, previous_index_ptr, seed_ptr, ids_ptr,
-    moments_ptr, num_steps, positions, channels, position_chunks, chunks, parts, cfg_scale, eta, clip_x0,
-    guidance_rescale, position_stride, channel_stride,
+    alpha_ptr, sigma_ptr, logsnr_ptr, alpha_stride, sigma_stride, logsnr_stride,
+    step_index_ptr, next_index_ptr, previous_index_ptr, seed_ptr, ids_ptr, moments_ptr,
+    num_steps, positions, channels, position_chunks, chunks, parts, cfg_scale, eta, clip_x0, guidance_rescale,
+    position_stride, channel_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
     METHOD: tl.constexpr, TARGET: tl.constexpr, CLIPS: tl.constexpr, DRAWS: tl.constexpr, RESCALES: tl.constexpr,
-    PARTS: tl.constexpr,
+    WALKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """x_next and x0 in one tile of one sample; all images have one layout.
 
-    Where guidance is rescaled without moments from before, the tile has to be the sample.
+    Guidance is rescaled by moments from before; without them the tile has to be the sample, or the program WALKS: over
+    all of the sample for its moments, then over every parts-th tile, of which the caches still hold what they can.
     """
-    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
-    position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
-    at = sample.to(tl.int64) * channels * positions + position * position_stride + channel * channel_stride
+    programs = parts if WALKS else chunks
+    sample, first_chunk = tl.program_id(0) // programs, tl.program_id(0) % programs
+    start = sample.to(tl.int64) * channels * positions
+    factor = 1.0
+    if WALKS:
+        moments = _moments(cond_ptr + start, uncond_ptr + start, cfg_scale, 0, channels * positions,
+                           POSITIONS * CHANNELS)  # fmt: skip
+        factor = _rescaling(moments[2], moments[4], guidance_rescale)
+    elif RESCALES and moments_ptr is not None:
+        cond_square, square = _merged(moments_ptr + sample * 5 * parts, parts, PARTS)
+        factor = _rescaling(cond_square, square, guidance_rescale)
 
     index, next_index = tl.load(step_index_ptr), tl.load(next_index_ptr)
     clean = next_index < 0
     inside = tl.maximum(next_index, 0)
-    alpha_t, sigma_t = look_up(alpha_ptr, index, num_steps), look_up(sigma_ptr, index, num_steps)
-    alpha_s = tl.where(clean, 1.0, look_up(alpha_ptr, inside, num_steps))
-    sigma_s = tl.where(clean, 0.0, look_up(sigma_ptr, inside, num_steps))
+    alpha_t = look_up(alpha_ptr, index, num_steps, alpha_stride)
+    sigma_t = look_up(sigma_ptr, index, num_steps, sigma_stride)
+    alpha_s = tl.where(clean, 1.0, look_up(alpha_ptr, inside, num_steps, alpha_stride))
+    sigma_s = tl.where(clean, 0.0, look_up(sigma_ptr, inside, num_steps, sigma_stride))
     rate = alpha_t / alpha_s
     beta = tl.maximum(sigma_t * sigma_t - (rate * sigma_s) * (rate * sigma_s), 0.0)
 
-    prediction = load(cond_ptr + at, exists)
-    if uncond_ptr is not None:
-        cond = prediction
-        uncond = load(uncond_ptr + at, exists)
-        prediction = uncond + cfg_scale * (cond - uncond)
-        if RESCALES:
-            if moments_ptr is None:
-                count = channels * positions
-                _, cond_square = _centred(cond, exists, count)
-                _, square = _centred(prediction, exists, count)
-            else:
-                cond_square, square = _merged(moments_ptr + sample * 5 * parts, parts, PARTS)
-            # A sample that does not vary is left as it is.
-            same = square == 0.0
-            ratio = tl.where(same, 1.0, tl.sqrt_rn(cond_square / tl.where(same, 1.0, square)))
-            prediction *= guidance_rescale * ratio + (1.0 - guidance_rescale)
-    x_t = load(x_t_ptr + at, exists)
-    if TARGET == "eps":
-        x0 = (x_t - sigma_t * prediction) / alpha_t
-    elif TARGET == "v":
-        x0 = alpha_t * x_t - sigma_t * prediction
-    else:
-        x0 = prediction
-    if CLIPS:
-        # Not tl.clamp: a NaN has to stay one.
-        x0 = tl.where(x0 > clip_x0, clip_x0, tl.where(x0 < -clip_x0, -clip_x0, x0))
+    # Of programs that do not walk the one tile.
+    end = chunks if WALKS else first_chunk + 1
+    for chunk in range(first_chunk, end, programs if WALKS else 1):
+        first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
+        position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
+        at = start + position * position_stride + channel * channel_stride
+        prediction = load(cond_ptr + at, exists)
+        if uncond_ptr is not None:
+            cond = prediction
+            uncond = load(uncond_ptr + at, exists)
+            prediction = uncond + cfg_scale * (cond - uncond)
+            if RESCALES:
+                if not WALKS and moments_ptr is None:
+                    count = channels * positions
+                    _, cond_square = _centred(cond, exists, count)
+                    _, square = _centred(prediction, exists, count)
+                    factor = _rescaling(cond_square, square, guidance_rescale)
+                prediction *= factor
+        x_t = load(x_t_ptr + at, exists)
+        if TARGET == "eps":
+            x0 = (x_t - sigma_t * prediction) / alpha_t
+        elif TARGET == "v":
+            x0 = alpha_t * x_t - sigma_t * prediction
+        else:
+            x0 = prediction
+        if CLIPS:
+            # Not tl.clamp: a NaN has to stay one.
+            x0 = tl.where(x0 > clip_x0, clip_x0, tl.where(x0 < -clip_x0, -clip_x0, x0))
 
-    if METHOD == "ddim":
-        ratio = sigma_s / sigma_t
-        eps = (x_t - alpha_t * x0) / sigma_t
-        kept = tl.sqrt_rn((1.0 - eta * eta) + (eta * rate * ratio) * (eta * rate * ratio))
-        x_next = alpha_s * x0 + sigma_s * kept * eps
-        noise_std = eta * ratio * tl.sqrt_rn(beta)
-    elif METHOD == "ddpm":
-        x_next = (alpha_s * beta * x0 + rate * (sigma_s * sigma_s) * x_t) / (sigma_t * sigma_t)
-        noise_std = (sigma_s / sigma_t) * tl.sqrt_rn(beta)
-    else:
-        half_t = look_up(logsnr_ptr, index, num_steps) / 2
-        h = look_up(logsnr_ptr, inside, num_steps) / 2 - half_t
-        extrapolated = x0
-        if previous_x0_ptr is not None:
-            h_previous = half_t - look_up(logsnr_ptr, tl.load(previous_index_ptr), num_steps) / 2
-            weight = tl.where(clean | (h_previous == 0.0), 0.0, h / (2.0 * h_previous))
-            extrapolated += weight * (x0 - load(previous_x0_ptr + at, exists))
-        decay = tl.where(clean, -1.0, _expm1(-h))
-        x_next = (sigma_s / sigma_t) * x_t - alpha_s * decay * extrapolated
-        noise_std = 0.0
-    if DRAWS:
-        drawn = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), index, first_position, first_channel, positions,
-                      POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
-        x_next += noise_std * drawn
-    tl.store(x_next_ptr + at, x_next.to(x_next_ptr.dtype.element_ty), exists)
-    tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), exists)
+        if METHOD == "ddim":
+            ratio = sigma_s / sigma_t
+            eps = (x_t - alpha_t * x0) / sigma_t
+            kept = tl.sqrt_rn((1.0 - eta * eta) + (eta * rate * ratio) * (eta * rate * ratio))
+            x_next = alpha_s * x0 + sigma_s * kept * eps
+            noise_std = eta * ratio * tl.sqrt_rn(beta)
+        elif METHOD == "ddpm":
+            x_next = (alpha_s * beta * x0 + rate * (sigma_s * sigma_s) * x_t) / (sigma_t * sigma_t)
+            noise_std = (sigma_s / sigma_t) * tl.sqrt_rn(beta)
+        else:
+            half_t = look_up(logsnr_ptr, index, num_steps, logsnr_stride) / 2
+            h = look_up(logsnr_ptr, inside, num_steps, logsnr_stride) / 2 - half_t
+            extrapolated = x0
+            if previous_x0_ptr is not None:
+                h_previous = half_t - look_up(logsnr_ptr, tl.load(previous_index_ptr), num_steps, logsnr_stride) / 2
+                weight = tl.where(clean | (h_previous == 0.0), 0.0, h / (2.0 * h_previous))
+                extrapolated += weight * (x0 - load(previous_x0_ptr + at, exists))
+            decay = tl.where(clean, -1.0, _expm1(-h))
+            x_next = (sigma_s / sigma_t) * x_t - alpha_s * decay * extrapolated
+            noise_std = 0.0
+        if DRAWS:
+            drawn = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), index, first_position, first_channel, positions,
+                          POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
+            x_next += noise_std * drawn
+        tl.store(x_next_ptr + at, x_next.to(x_next_ptr.dtype.element_ty), exists)
+        tl.store(x0_ptr + at, x0.to(x0_ptr.dtype.element_ty), exists)
 
 
 @triton.jit
@@ -114,12 +127,24 @@ def _guidance_moments_kernel(
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     start = sample.to(tl.int64) * num
     end = part * part_size + tl.minimum(part_size, num - part * part_size)
+    moments = _moments(cond_ptr + start, uncond_ptr + start, cfg_scale, part * part_size, end, BLOCK)
+    to = moments_ptr + sample * 5 * parts + part
+    tl.store(to, moments[0])
+    tl.store(to + parts, moments[1])
+    tl.store(to + 2 * parts, moments[2])
+    tl.store(to + 3 * parts, moments[3])
+    tl.store(to + 4 * parts, moments[4])
+
+
+@triton.jit
+def _moments(cond_ptr, uncond_ptr, cfg_scale, begin, end, BLOCK: tl.constexpr):
+    """Return the count, and the mean and sum of squared deviations of cond and of guided outputs, from begin to end."""
     count, cond_mean, cond_square, mean, square = 0.0, 0.0, 0.0, 0.0, 0.0
-    for first in range(part * part_size, end, BLOCK):
+    for first in range(begin, end, BLOCK):
         element = first + tl.arange(0, BLOCK)
         exists = element < end
-        cond = load(cond_ptr + start + element, exists)
-        uncond = load(uncond_ptr + start + element, exists)
+        cond = load(cond_ptr + element, exists)
+        uncond = load(uncond_ptr + element, exists)
         more = tl.minimum(end - first, BLOCK)
         here, spread = _centred(cond, exists, more)
         guided_here, guided_spread = _centred(uncond + cfg_scale * (cond - uncond), exists, more)
@@ -129,12 +154,15 @@ def _guidance_moments_kernel(
         cond_mean += (here - cond_mean) * share
         mean += (guided_here - mean) * share
         count += more
-    to = moments_ptr + sample * 5 * parts + part
-    tl.store(to, count)
-    tl.store(to + parts, cond_mean)
-    tl.store(to + 2 * parts, cond_square)
-    tl.store(to + 3 * parts, mean)
-    tl.store(to + 4 * parts, square)
+    return count, cond_mean, cond_square, mean, square
+
+
+@triton.jit
+def _rescaling(cond_square, square, guidance_rescale):
+    """Return by what guided outputs are multiplied; a sample that does not vary is left as it is."""
+    same = square == 0.0
+    ratio = tl.where(same, 1.0, tl.sqrt_rn(cond_square / tl.where(same, 1.0, square)))
+    return guidance_rescale * ratio + (1.0 - guidance_rescale)
 
 
 @triton.jit
