@@ -109,7 +109,7 @@ def _training(places: Places, data: Path | None, minutes: float, rehearse: bool)
     )  # fmt: skip
 
 
-_REHEARSED_TESTS = ("tests/benchmarks/test_timers.py", "tests/benchmarks/test_roofline.py")
+_REHEARSED_TESTS = ("tests/benchmarks/test_accuracy.py", "tests/benchmarks/test_summary.py")
 _TINY = ("--cases", "tiny")
 _REHEARSALS = {
     "tests": ("-m", "not gpu", *_REHEARSED_TESTS),
