@@ -83,17 +83,16 @@ PRESETS: dict[str, TrainConfig] = {
             denoiser=DenoiserConfig(image_size=32, channels=128, multipliers=(1, 2, 2), attention_resolutions=(16, 8)),
             latent=LatentConfig(dim=128),
         ),
-        dataset=DatasetConfig(image_size=32, workers=8),
+        dataset=DatasetConfig(image_size=32),
         views=views_preset("classification"),
     ),
-    # The encoder of cifar10 with a denoiser of a fifth of its operations: what is wanted is z, and in ten minutes the
+    # The encoder of cifar10 with a denoiser of a sixth of its operations: what is wanted is z, and in ten minutes the
     # encoder should see as many images as a GPU can. Nothing of it has been tried on one.
     "cifar10-light": TrainConfig(
         data="uoft-cs/cifar10",
         out="runs/cifar10-light",
         total_images=40_000_000,
-        # Predicted for an H200 (benchmarks.training.phases): 35,000 images/s at most, against 31,000 at 256, where
-        # launches take more of a step, and 37,000 at 1,024, with half as many steps.
+        # Twice cifar10's: its step would be so short that launches took a part of it.
         batch_size=512,
         model=SodaConfig(
             encoder=EncoderConfig(image_size=32),
