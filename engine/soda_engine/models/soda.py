@@ -126,12 +126,11 @@ class Soda(
             raise ValueError(f"images has shape {tuple(images.shape)}; this model takes (N, {channels}, H, W)")
         size, batches = self.config.encoder.image_size, images.split(batch_size)
         dtype = next(self.encoder.parameters()).dtype
-        with _evaluating(self):
-            # Half precision is widened first: PyTorch resizes none of it on a CPU.
-            wide = (batch.float() if batch.is_floating_point() else batch for batch in batches if len(batch))
-            encode, layout = folded(self.encoder), torch.channels_last
-            views = (plain_view(batch.to(self.device), size).to(dtype, memory_format=layout) for batch in wide)
-            codes = [encode(view).float() for view in views]
+        encode, layout = folded(self.encoder), torch.channels_last
+        # Half precision is widened first: PyTorch resizes none of it on a CPU.
+        wide = (batch.float() if batch.is_floating_point() else batch for batch in batches if len(batch))
+        views = (plain_view(batch.to(self.device), size).to(dtype, memory_format=layout) for batch in wide)
+        codes = [encode(view).float() for view in views]
         return torch.cat(codes) if codes else torch.empty(0, self.config.latent.dim, device=self.device)
 
     @torch.no_grad()
