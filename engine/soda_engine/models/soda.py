@@ -204,7 +204,7 @@ class Soda(
                 images.append(
                     run_sampler(
                         denoise,
-                        # Features take the layout of what comes in. Steps of cifar10-small took 1.4 times as long
+                        # Features take the layout of what comes in. Steps of cifar10-small took 1.3 times as long
                         # where it was contiguous, on two EPYC cores.
                         x_T[part].to(self.device, torch.float32, memory_format=torch.channels_last),
                         self.schedule,
