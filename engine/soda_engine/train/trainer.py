@@ -222,9 +222,11 @@ class Trainer:
         unread, self._unread = self._unread, []
         progress, longest = self.progress, 0
         measured = [step.measured for step in unread if step.measured is not None]
-        start = time.monotonic()
-        rows = iter(torch.stack(measured).tolist() if measured else [])
-        progress.seconds += time.monotonic() - start  # which a GPU still needed for the steps
+        rows: Iterator[list[float]] = iter(())
+        if measured:
+            start = time.monotonic()
+            rows = iter(torch.stack(measured).tolist())
+            progress.seconds += time.monotonic() - start  # which a GPU still needed for the steps
         for step in unread:
             if step.measured is None:
                 self._metrics = {"loss": math.nan}
