@@ -5,8 +5,7 @@ With fixed statistics a batch norm is a factor and a shift a channel, which the 
     norm(conv(x)) = conv'(x)        w' = w * gamma / sqrt(var + eps)        b' = beta - mean * gamma / sqrt(var + eps)
 
 On a CPU in fp32 oneDNN's convolution then also adds the shortcut and takes the ReLU, from weights that lie as it wants
-them. Encoding took 1.15 to 1.4 times as long without the first and 1.1 to 1.2 times without the second, on two EPYC
-cores.
+them.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ def folded(encoder: ResNetEncoder) -> Block:
     """Return a ResNet in evaluation mode as a function of images [N, C, H, W] to z, [N, d], for use without gradients.
 
     It keeps the weights and statistics of now. On a CPU the last one is kept, as much memory as the weights again, and
-    returned until they change: folding those of ResNet-18 took as long as encoding 7 CIFAR-10 images. Under autocast,
-    on a GPU or in another dtype than fp32 it runs PyTorch's convolutions.
+    returned until they change. Under autocast, on a GPU or in another dtype than fp32 it runs PyTorch's convolutions.
     """
     if next(encoder.parameters()).device.type != "cpu":  # whose values would have to be waited for
         return _fold(encoder)
