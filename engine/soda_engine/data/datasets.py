@@ -105,7 +105,8 @@ class TensorDataset(ImageDataset):
         return f"{self._name} image {index}"
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
-        return self._images[torch.as_tensor(indices, dtype=torch.int64)], list(range(len(indices))), []
+        images = self._images.index_select(0, torch.as_tensor(indices, dtype=torch.int64))
+        return images, list(range(len(indices))), []
 
     def __len__(self) -> int:
         return len(self._images)
@@ -147,7 +148,7 @@ class EncodedDataset(ImageDataset):
 class KeptDataset(ImageDataset):
     """Another data set, each of whose images stays in memory from its first reading on.
 
-    Decoding a JPEG of 32x32 takes 180 us of a core of an EPYC, fetching it from memory 1 us. The memory is shared with
+    Decoding a JPEG of 32x32 takes 180 us of a core of an EPYC, fetching it from memory 1 us or less. The memory is shared with
     loader processes that are forked later, so that an image which one of them decodes is there for all; a process that
     is started anew instead keeps its own. It is taken from the system as it is filled.
 
@@ -181,7 +182,8 @@ class KeptDataset(ImageDataset):
             # Last, since another process may read what is marked.
             self._there[missing[kept]] = True
         there = self._there[rows]
-        images = torch.from_numpy(self._pixels)[torch.from_numpy(rows[there])]
+        # Copies whole images; indexing with a tensor goes through them byte by byte, and takes seven times as long.
+        images = torch.from_numpy(self._pixels).index_select(0, torch.from_numpy(rows[there]))
         return images, np.flatnonzero(there).tolist(), [self.name(int(row)) for row in rows[~there]]
 
     def __len__(self) -> int:
