@@ -117,8 +117,8 @@ _REHEARSALS = {
     "suites": (*_TINY, "--quick", "--device", "cpu", "--modes", "fwd", "--providers", "ours,eager"),
     "e2e": (*_TINY, "--quick", "--device", "cpu", "--providers", "ours,eager", "--ops", "encode"),
     "train": (
-        "--data", "digits", "--preset", "digits", "--device", "cpu", "--max-images", "256", "--probe-images", "100",
-        "--probe-epochs", "2",
+        "--path", "ours", "--data", "digits", "--preset", "digits", "--device", "cpu", "--max-images", "256",
+        "--probe-images", "100", "--probe-epochs", "2",
     ),
 }
 """What is added to a part's arguments: of an option that is given twice, the last counts."""
