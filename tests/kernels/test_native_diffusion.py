@@ -383,7 +383,7 @@ def test_the_op_itself_refuses_what_would_be_read_out_of_bounds() -> None:
 
 
 def test_what_lies_on_another_device_is_not_read() -> None:
-    """Where a caller sends such a call to the CPU's kernels; the dispatcher itself does not."""
+    """Where a caller sends such a call to the CPU's kernels, which the dispatcher itself does not: it is refused."""
     x = images((2, 3, 4, 4), torch.contiguous_format, torch.float32, 4)
     loss = (torch.ones(2), *loss_arguments(x[0], x[1], "v", True))
     calls = {
@@ -399,7 +399,8 @@ def test_what_lies_on_another_device_is_not_read() -> None:
         for name, (arguments, places) in calls.items():
             for at in places:
                 moved = *arguments[:at], arguments[at].to("meta"), *arguments[at + 1 :]
-                getattr(NATIVE, name).default.redispatch(cpu, *moved)
+                with pytest.raises(RuntimeError, match="API call failed"):
+                    getattr(NATIVE, name).default.redispatch(cpu, *moved)
     assert not poisoned[0]
 
 
