@@ -19,7 +19,7 @@ from benchmarks import train_cifar10
 from benchmarks.checkout import ROOT
 from benchmarks.result_files import read_results
 from benchmarks.resuming import read_lines
-from benchmarks.training.budget import Budget, PlainLosses, budget_config
+from benchmarks.training.budget import PATHS, Budget, Pretraining, budget_config
 from soda_engine.presets import PRESETS
 from soda_engine.train.checkpoint import Progress
 from soda_engine.train.trainer import Trainer
@@ -117,17 +117,20 @@ class _Ops(TorchDispatchMode):
 
 
 def test_a_step_of_the_reference_path_uses_no_kernel_of_ours_but_for_views(tmp_path: Path) -> None:
-    used = {}
-    for path in ("ours", "reference"):
-        trainer = Trainer(dataclasses.replace(TINY, out=str(tmp_path / path)))
-        if path == "reference":
-            trainer.parallel = PlainLosses(trainer.model)
+    used, budget = {}, Budget(minutes=1, every_minutes=1, probe_images=10)
+    for path in train_cifar10.PATHS:
+        config = dataclasses.replace(TINY, out=str(tmp_path / path))
+        trainer = Pretraining(path, "tiny", config, budget, tmp_path / f"{path}.jsonl").trainer
         with _Ops() as ops:
             trainer.step(next(trainer._batches()))
         assert trainer.read()["grad_norm_encoder"] >= 0
         used[path] = ops.ours
     assert {name for name in used["reference"] if not name.startswith("philox")} == set()
     assert any("norm" in name for name in used["ours"]), used["ours"]
+
+
+def test_the_command_names_the_paths_there_are() -> None:
+    assert train_cifar10.PATHS == PATHS  # it can say so without importing PyTorch
 
 
 def test_a_warm_up_is_a_share_of_the_budget() -> None:

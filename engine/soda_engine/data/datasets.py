@@ -148,12 +148,9 @@ class EncodedDataset(ImageDataset):
 class KeptDataset(ImageDataset):
     """Another data set, each of whose images stays in memory from its first reading on.
 
-    Decoding a JPEG of 32x32 takes 180 us of a core of an EPYC, fetching it from memory 1 us or less. The memory is shared with
-    loader processes that are forked later, so that an image which one of them decodes is there for all; a process that
-    is started anew instead keeps its own. It is taken from the system as it is filled.
-
-    Args:
-        dataset: where the images lie; those that cannot be decoded are tried again every time.
+    Decoding a JPEG of 32x32 takes 180 us of a core of an EPYC, fetching it from memory 1 us or less. The memory is
+    shared with loader processes that are forked later, so that an image which one of them decodes is there for all; a
+    process that is started anew instead keeps its own. It is taken from the system as it is filled.
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
