@@ -84,7 +84,7 @@ class PlainSoda(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Encode source views, [N, C, S, S] -> [N, d]."""
         encoder: ResNetEncoder = self.encoder
-        h = F.relu(encoder.bn1(encoder.conv1(x)), inplace=True)
+        h = F.relu(encoder.bn1(_conv(encoder.conv1, x)), inplace=True)
         if encoder.config.stem == "imagenet":
             h = F.max_pool2d(h, 3, stride=2, padding=1)
         for stage in (encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4):
@@ -97,7 +97,7 @@ class PlainSoda(nn.Module):
         denoiser: Denoiser = self.denoiser
         time = denoiser.time((step_index + 1).to(x_t.dtype) / self.config.diffusion.num_steps)
         sections = [z[:, cut] for cut in self.slices]
-        h = denoiser.conv_in(x_t)
+        h = _conv(denoiser.conv_in, x_t)
         skips = [h]
         for layer in denoiser.down:
             h = _layer(layer, h, time, sections)
@@ -106,7 +106,7 @@ class PlainSoda(nn.Module):
             h = _layer(layer, h, time, sections)
         for layer in denoiser.up:
             h = _layer(layer, torch.cat((h, skips.pop()), dim=1) if layer.takes_skip else h, time, sections)
-        return denoiser.conv_out(F.silu(_group_norm(denoiser.norm_out, h)))
+        return _conv(denoiser.conv_out, F.silu(_group_norm(denoiser.norm_out, h)))
 
     def sample(self, z: Tensor, x_t: Tensor, indices: list[int], denoise: nn.Module | None = None) -> Tensor:
         """Make images by DDIM with clipped x0, as sampling scripts do.
@@ -148,20 +148,25 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """PyTorch's convolution, of a module that may call this project's."""
+    return nn.Conv2d.forward(conv, x)
+
+
 def _layer(layer: Layer, x: Tensor, time: Tensor, sections: list[Tensor]) -> Tensor:
     h = _residual_block(layer.block, x, time, sections[layer.section])
     return h if layer.attention is None else _attention(layer.attention, h)
 
 
 def _residual_block(block: ResidualBlock, x: Tensor, time: Tensor, section: Tensor) -> Tensor:
-    h = block.conv1(_resampled(block, F.silu(_group_norm(block.norm1, x))))
+    h = _conv(block.conv1, _resampled(block, F.silu(_group_norm(block.norm1, x))))
     h = _group_norm(block.norm2, h)
     for projection, by in ((block.time_proj, time), (block.z_proj, section)):
         scale, shift = projection(by)[:, :, None, None].chunk(2, dim=1)
         h = h * (1 + scale) + shift
     h = F.dropout(F.silu(h), block.norm2.dropout_p, block.training)
     x = _resampled(block, x)
-    return (block.conv2(h) + (x if block.shortcut is None else block.shortcut(x))) * block.residual_scale
+    return (_conv(block.conv2, h) + (x if block.shortcut is None else block.shortcut(x))) * block.residual_scale
 
 
 def _resampled(block: ResidualBlock, x: Tensor) -> Tensor:
@@ -183,8 +188,8 @@ def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
 
 
 def _resnet_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
-    h = F.relu(block.bn1(block.conv1(x)), inplace=True)
-    h = block.bn2(block.conv2(h))
+    h = F.relu(block.bn1(_conv(block.conv1, x)), inplace=True)
+    h = block.bn2(_conv(block.conv2, h))
     if isinstance(block, Bottleneck):
         h = block.bn3(block.conv3(F.relu(h, inplace=True)))
     return F.relu(h + (x if block.downsample is None else block.downsample(x)), inplace=True)

@@ -10,6 +10,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  const ConvolutionKernels* convolution;
   const GroupNormKernels* group_norm;
   const DiffusionKernels* diffusion;
   bool available;
@@ -27,10 +28,10 @@ bool has_avx512() {
 // Best first.
 const InstructionSet instruction_sets[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::group_norm, &avx512::diffusion, has_avx512()},
-    {"avx2", &avx2::group_norm, &avx2::diffusion, has_avx2()},
+    {"avx512", &avx512::convolution, &avx512::group_norm, &avx512::diffusion, has_avx512()},
+    {"avx2", &avx2::convolution, &avx2::group_norm, &avx2::diffusion, has_avx2()},
 #endif
-    {"generic", &generic::group_norm, &generic::diffusion, true},
+    {"generic", &generic::convolution, &generic::group_norm, &generic::diffusion, true},
 };
 
 const InstructionSet* best() {
@@ -43,6 +44,7 @@ std::atomic<const InstructionSet*> current{best()};
 
 }  // namespace
 
+const ConvolutionKernels& convolution_kernels() { return *current.load(std::memory_order_relaxed)->convolution; }
 const GroupNormKernels& group_norm_kernels() { return *current.load(std::memory_order_relaxed)->group_norm; }
 const DiffusionKernels& diffusion_kernels() { return *current.load(std::memory_order_relaxed)->diffusion; }
 

@@ -1,11 +1,13 @@
 // The instruction set that the kernels run with: the best that this processor has, or the one that was asked for.
 #pragma once
 
+#include "convolution.h"
 #include "diffusion.h"
 #include "group_norm.h"
 
 namespace soda {
 
+const ConvolutionKernels& convolution_kernels();
 const GroupNormKernels& group_norm_kernels();
 const DiffusionKernels& diffusion_kernels();
 

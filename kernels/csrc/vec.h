@@ -32,7 +32,15 @@ typedef uint32_t Words __attribute__((vector_size(4 * lanes)));
 typedef uint64_t Wide __attribute__((vector_size(4 * lanes)));
 typedef double Doubles __attribute__((vector_size(4 * lanes)));
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+SODA_INLINE Floats broadcast(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  return Floats{value, value, value, value};
+#endif
+}
 inline Words as_words(Floats value) { return reinterpret_cast<Words>(value); }
 inline Floats as_floats(Words bits) { return reinterpret_cast<Floats>(bits); }
 

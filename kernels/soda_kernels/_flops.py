@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 
 @functools.cache
 def register_flop_formulas() -> None:
-    """Let `FlopCounterMode` count attention as it counts torch's own: two products forward, five backward.
+    """Let `FlopCounterMode` count attention and convolution as it counts torch's own.
 
-    A multiply-add is two operations. Call it once before counting; it is not done on import, because torch's counter
+    Attention is two products forward and five backward. A convolution's products are those of its definition, of which
+    Winograd's algorithm takes fewer. A multiply-add is two operations. Call it once before counting; it is not done on import, because torch's counter
     imports Triton.
     """
     from torch.utils.flop_counter import register_flop_formula
@@ -30,7 +32,17 @@ def register_flop_formulas() -> None:
     def backward_qkvpacked(do_shape: Any, *_: Any, **__: Any) -> int:
         return 5 * product(do_shape, do_shape)
 
+    def convolution(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+        return 2 * x_shape[0] * math.prod(x_shape[2:]) * math.prod(weight_shape)
+
+    def convolution_backward(
+        dy_shape: Any, x_shape: Any, weight_shape: Any, for_x: bool, for_weight: bool, *_: Any, **__: Any
+    ) -> int:
+        return (for_x + for_weight) * convolution(x_shape, weight_shape)
+
     for ops in (torch.ops.soda_kernels, torch.ops.soda_kernels_reference):
+        register_flop_formula(ops.conv3x3)(convolution)
+        register_flop_formula(ops.conv3x3_backward)(convolution_backward)
         register_flop_formula(ops.attention)(forward)
         register_flop_formula(ops.attention_backward)(backward)
         register_flop_formula(ops.attention_qkvpacked_backward)(backward_qkvpacked)

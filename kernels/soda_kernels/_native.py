@@ -22,7 +22,7 @@ ISAS = ("generic", "avx2", "avx512")
 ISA_VARIABLE = "SODA_CPU_ISA"
 
 # The families with native kernels; each lists its ops in its `native.FALLBACKS`.
-_FAMILIES = ("group_norm", "diffusion")
+_FAMILIES = ("convolution", "group_norm", "diffusion")
 
 # Holds what the library calls for inputs that it has no kernels for.
 _FALLBACKS = torch.library.Library("soda_kernels_native", "DEF")

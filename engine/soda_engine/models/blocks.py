@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soda_engine.models.convolution import Conv3x3
 from soda_engine.models.recomputation import (
     Recompute,
     calling,
@@ -84,11 +85,11 @@ class ResidualBlock(nn.Module):
         self.resample, self.residual_scale = resample, residual_scale
         total = in_channels + skip_channels
         self.norm1 = ModulatedGroupNorm(num_groups, total)
-        self.conv1 = nn.Conv2d(total, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(total, out_channels)
         self.time_proj = zero_init(nn.Linear(time_dim, 2 * out_channels))
         self.z_proj = zero_init(nn.Linear(section_dim, 2 * out_channels, bias=False))
         self.norm2 = ModulatedGroupNorm(num_groups, out_channels, scale_offset=1.0, dropout_p=dropout)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(out_channels, out_channels))
         self.shortcut = nn.Conv2d(total, out_channels, 1) if skip_channels or total != out_channels else None
         # As the int64 with the same bits, so that adding it to a key wraps around.
         self.recompute: Recompute = "resampled"
@@ -158,7 +159,8 @@ class ConvResample(nn.Module):
     def __init__(self, channels: int, resample: Literal["down", "up"]) -> None:
         super().__init__()
         self.resample = resample
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample == "down" else 1, padding=1)
+        down = resample == "down"
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if down else Conv3x3(channels, channels)
 
     def forward(self, x: Image, condition: object = None) -> Tensor:
         """[N, C, H, W] -> [N, C, H', W']; the condition, which other layers take, plays no part."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soda_engine.config import EncoderConfig
+from soda_engine.models.convolution import Conv3x3
 
 
 class BasicBlock(nn.Module):
@@ -175,6 +176,8 @@ def load_resnet_weights(encoder: ResNetEncoder, state_dict: Mapping[str, Tensor]
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int) -> nn.Conv2d:
+    if stride == 1:
+        return Conv3x3(in_channels, out_channels, bias=False)
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
 
 

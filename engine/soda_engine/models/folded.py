@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from soda_engine.models.convolution import Conv3x3
 from soda_engine.models.encoder import BasicBlock, Bottleneck, ResNetEncoder
+from soda_kernels import conv3x3
 
 Block = Callable[[Tensor], Tensor]
 
@@ -104,9 +106,12 @@ class _Convolution:
         self.weight = (conv.weight * factor[:, None, None, None]).contiguous(memory_format=torch.channels_last)
         self.bias, self.relu = norm.bias - norm.running_mean * factor, relu
         self.stride, self.padding = list(conv.stride), [int(side) for side in conv.padding]
+        self._is_3x3 = isinstance(conv, Conv3x3)
         self._packed: Tensor | None = None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._is_3x3:
+            return conv3x3(x, self.weight, self.bias, residual=residual, activation="relu" if self.relu else None)
         if self._by_onednn(x):
             return self._fused(x, residual)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)

@@ -19,6 +19,7 @@ from soda_engine.models.blocks import (
     SectionTokens,
     zero_init,
 )
+from soda_engine.models.convolution import Conv3x3
 from soda_engine.models.modulation import TimeEmbedding, build_section_map, mask_sections, section_slices
 from soda_engine.models.recomputation import Recompute, calling, renormalized
 from soda_engine.models.residual import Image, ResidualSum, formed, normalized
@@ -106,7 +107,7 @@ class Denoiser(nn.Module):
         self.time = TimeEmbedding(config.channels, time_dim)
         self.tokens = SectionTokens(section_dims, time_dim) if config.cross_attention else None
         widths = [config.channels * multiplier for multiplier in config.multipliers]
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.in_channels, widths[0])
         channels, skips = widths[0], [widths[0]]
         last, sections = len(widths) - 1, iter(section_map.down)
         self.down = nn.ModuleList()
@@ -132,7 +133,7 @@ class Denoiser(nn.Module):
                 self.up.append(resampling(sections, level, channels, "up"))
         self.norm_out = ModulatedGroupNorm(config.num_groups, channels)
         self._keeps = "none"
-        self.conv_out = zero_init(nn.Conv2d(channels, config.in_channels, 3, padding=1))
+        self.conv_out = zero_init(Conv3x3(channels, config.in_channels))
 
     def forward(
         self, x_t: Tensor, t: Tensor, z: Tensor, *, section_mask: Tensor | None = None, seed: Tensor | None = None

@@ -1,0 +1,101 @@
+"""The public function of the 3x3 convolution, and its gradients."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from soda_kernels import _checks
+from soda_kernels._autograd import first_derivative_only
+from soda_kernels._backend import current_ops
+from soda_kernels.convolution.ops import runs_winograd
+
+
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
+    activation: Literal["relu"] | None = None,
+) -> Tensor:  # fmt: skip
+    """Convolve with 3x3 filters, stride 1 and padding 1: activation(conv2d(x, weight, bias, padding=1) + residual).
+
+    On a CPU with the native library, fp32 images in channels_last are convolved by Winograd's F(2x2, 3x3), forward and
+    backward, where both numbers of channels are multiples of 16 and there are at least eight tiles of 2x2 pixels.
+    Everything else is PyTorch's convolution; `explain` tells which.
+
+    Args:
+        x: [N, C, H, W] in fp32, bf16, fp16 or fp64.
+        weight: [K, C, 3, 3]. bias: [K] or None. Both of x's dtype (under autocast of any) and device.
+        residual: [N, K, H, W] of x's dtype and device, or None.
+        activation: "relu" or None.
+
+    Returns:
+        [N, K, H, W]: in x's layout by Winograd, else in the one that PyTorch's convolution takes.
+
+    Raises:
+        TypeError, ValueError: an argument's type, shape, dtype or device is not as above.
+        RuntimeError: a second derivative is asked for of Winograd's.
+
+    Reference:
+        Lavin and Gray 2016, section 4.1.
+    """
+    _check(x, weight, bias, residual, activation)
+    if runs_winograd(x, weight, bias, residual):
+        return _Conv3x3.apply(x, weight, bias, residual, activation == "relu")
+    y = F.conv2d(x, weight, bias, padding=1)
+    if residual is not None:
+        y = y + residual
+    return y if activation is None else F.relu(y)
+
+
+def _check(x: object, weight: object, bias: object, residual: object, activation: object) -> None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        _checks.check_float_tensor(name, tensor)
+        assert isinstance(tensor, Tensor)
+        if tensor.ndim != 4:
+            wanted = "(N, C, H, W)" if name == "x" else "(K, C, 3, 3)"
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
+    assert isinstance(x, Tensor) and isinstance(weight, Tensor)
+    _checks.check_shape("weight", weight, (weight.shape[0], x.shape[1], 3, 3))
+    named = [("weight", weight)]
+    if bias is not None:
+        _checks.check_float_tensor("bias", bias)
+        assert isinstance(bias, Tensor)
+        _checks.check_shape("bias", bias, (weight.shape[0],))
+        named.append(("bias", bias))
+    if residual is not None:
+        _checks.check_float_tensor("residual", residual)
+        assert isinstance(residual, Tensor)
+        _checks.check_shape("residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
+        named.append(("residual", residual))
+    autocast = torch.is_autocast_enabled(x.device.type)
+    for name, tensor in named:
+        _checks.check_device(name, tensor, "x", x)
+        if tensor.dtype != x.dtype and not autocast:
+            raise TypeError(f"{name} has dtype {tensor.dtype} and x {x.dtype}; they must be the same")
+    _checks.check_choice("activation", activation, ("relu", None))
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        ctx.ops, ctx.relu = current_ops(), relu
+        y = ctx.ops.conv3x3(x, weight, bias, residual, relu)
+        ctx.save_for_backward(x, weight, y if relu else None)
+        return y
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, y = ctx.saved_tensors
+        if ctx.relu:
+            dy = torch.ops.aten.threshold_backward.default(dy, y, 0.0)
+        for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
+        dx, dweight, dbias = ctx.ops.conv3x3_backward(dy, x, weight, for_x, for_weight, for_bias)
+        return (
+            dx if for_x else None, dweight if for_weight else None, dbias if for_bias else None,
+            dy if for_residual else None, None,
+        )  # fmt: skip
