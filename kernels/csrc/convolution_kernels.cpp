@@ -116,9 +116,9 @@ void forward(const ConvolutionForward& of, int64_t first_block, int64_t last_blo
 // One chunk's sums over tiles, for a run of filters.
 void share_of(const FilterGradient& of, int64_t chunk, int64_t first_filter, int64_t num_filters, float* inputs,
               float* gradients, const float* zeros) {
-  const int64_t depth = of.channels, chunk_blocks = (of.blocks() + of.chunks - 1) / of.chunks;
-  const int64_t first_block = chunk * chunk_blocks;
-  const int64_t last_block = first_block + chunk_blocks < of.blocks() ? first_block + chunk_blocks : of.blocks();
+  const int64_t depth = of.channels;
+  // At least one, since there are no more chunks than blocks.
+  const int64_t first_block = of.blocks() * chunk / of.chunks, last_block = of.blocks() * (chunk + 1) / of.chunks;
   const int64_t input_stride = tap_stride(of.block_tiles, depth);
   const int64_t gradient_stride = tap_stride(of.block_tiles, num_filters);
   float* const share = of.shares + chunk * taps * tap_stride(of.filters, depth) + first_filter * depth;
