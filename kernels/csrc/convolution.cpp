@@ -24,8 +24,8 @@ constexpr int64_t row_multiple = 12;
 // Of the sums over tiles that are kept apart: their bytes and number at the most, and tiles of each at the least, since
 // each is written and read once more. And filters of a unit, each of which transforms the same tiles again.
 constexpr int64_t share_bytes = 1 << 24, most_chunks = 32, chunk_tiles = 256, unit_filters = 64;
-// What both numbers of channels are a multiple of: vectors of every instruction set are then whole.
-constexpr int64_t channel_multiple = 16;
+// What both numbers of channels are a multiple of, and columns that are transformed together.
+constexpr int64_t channel_multiple = 8, columns_together = 32;
 // Below this transforming the filters takes as long as they save.
 constexpr int64_t least_tiles = 8;
 // Below so many numbers of a transformed filter a second thread costs more than it brings.
@@ -44,15 +44,16 @@ int64_t fitting_tiles(int64_t width) {
 }
 
 // Filters [K, C, 3, 3] as the products want them; turned, for the gradient of x, those of K become the depth.
-std::unique_ptr<float[]> transformed_filters(const Tensor& weight, bool turned) {
+std::unique_ptr<float[]> transformed_filters(const Tensor& weight, bool turned, const ConvolutionKernels& kernels) {
   FilterTransform of;
   of.filters = weight.size(0), of.channels = weight.size(1), of.turned = turned;
   std::unique_ptr<float[]> transformed(new float[static_cast<size_t>(taps * tap_stride(of.channels, of.filters))]);
   of.weight = read(weight), of.transformed = transformed.get();
   const int64_t columns = turned ? of.channels : of.filters, depth = turned ? of.filters : of.channels;
-  const int64_t grain = std::max<int64_t>(1, numbers_of_a_thread / (taps * depth * channel_multiple));
-  torch::stable::parallel_for(0, columns / channel_multiple, grain, [&](int64_t first, int64_t last) {
-    convolution_kernels().transform_filters(of, first * channel_multiple, last * channel_multiple);
+  const int64_t runs = (columns + columns_together - 1) / columns_together;
+  const int64_t grain = std::max<int64_t>(1, numbers_of_a_thread / (taps * depth * columns_together));
+  torch::stable::parallel_for(0, runs, grain, [&](int64_t first, int64_t last) {
+    kernels.transform_filters(of, first * columns_together, std::min(last * columns_together, columns));
   });
   return transformed;
 }
@@ -65,14 +66,15 @@ Convolution convolution_of(const Tensor& x, int64_t channels, int64_t filters) {
 }
 
 void run_forward(ConvolutionForward& of, const Tensor& weight, bool turned) {
-  const auto filters = transformed_filters(weight, turned);
+  const ConvolutionKernels& kernels = convolution_kernels(of.channels, of.filters);
+  const auto filters = transformed_filters(weight, turned, kernels);
   of.transformed = filters.get();
   const int64_t tiles = of.tiles(), threads = torch::stable::get_num_threads();
   const int64_t of_thread = (tiles + threads - 1) / threads;
   of.block_tiles = std::min(fitting_tiles(of.channels + of.filters),
                             (of_thread + row_multiple - 1) / row_multiple * row_multiple);
   torch::stable::parallel_for(0, of.blocks(), 1, [&](int64_t first, int64_t last) {
-    convolution_kernels().forward(of, first, last);
+    kernels.forward(of, first, last);
   });
 }
 
@@ -110,6 +112,7 @@ Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
 void filter_gradient(const Tensor& dy, const Tensor& x, Tensor* dweight, Tensor* dbias) {
   FilterGradient of;
   static_cast<Convolution&>(of) = convolution_of(x, x.size(1), dy.size(1));
+  const ConvolutionKernels& kernels = convolution_kernels(of.channels, of.filters);
   of.x = read(x), of.dy = read(dy);
   if (dweight) of.dweight = data(*dweight);
   if (dbias) of.dbias = data(*dbias);
@@ -123,10 +126,10 @@ void filter_gradient(const Tensor& dy, const Tensor& x, Tensor* dweight, Tensor*
   const std::unique_ptr<float[]> bias_shares(new float[static_cast<size_t>(of.chunks * of.filters)]);
   of.shares = shares.get(), of.bias_shares = bias_shares.get();
   torch::stable::parallel_for(0, of.chunks * of.units_of_chunk(), 1, [&](int64_t first, int64_t last) {
-    convolution_kernels().filter_shares(of, first, last);
+    kernels.filter_shares(of, first, last);
   });
   torch::stable::parallel_for(0, of.filters, std::max<int64_t>(1, numbers_of_a_thread / (taps * of.channels)),
-                              [&](int64_t first, int64_t last) { convolution_kernels().reduce_shares(of, first, last); });
+                              [&](int64_t first, int64_t last) { kernels.reduce_shares(of, first, last); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, bool for_x,

@@ -57,7 +57,7 @@ struct FilterGradient : Convolution {
 };
 
 struct ConvolutionKernels {
-  // Of columns that are a multiple of 16, as both numbers of channels are.
+  int64_t lanes;  // must divide both numbers of channels
   void (*transform_filters)(const FilterTransform&, int64_t first_column, int64_t last_column);
   void (*forward)(const ConvolutionForward&, int64_t first_block, int64_t last_block);
   void (*filter_shares)(const FilterGradient&, int64_t first_unit, int64_t last_unit);

@@ -9,26 +9,15 @@
 namespace soda::SODA_ISA {
 namespace {
 
-// Call f(vectors, first) for the panels of some columns.
-template <class F>
-SODA_INLINE void for_panels(int64_t columns, F f) {
-  for (int64_t first = 0; first < columns;) {
-    const int64_t width = panel_width(first, columns);
-    if (width == lanes) f(std::integral_constant<int, 1>{}, first);
-    else f(std::integral_constant<int, product_vectors>{}, first);
-    first += width;
-  }
-}
-
 // Transformed filters are [16, columns / panel, depth, panel]: columns are filters and the depth channels, or where they
 // are turned the other way round.
 void transform_filters(const FilterTransform& of, int64_t first_column, int64_t last_column) {
   const int64_t depth = of.turned ? of.filters : of.channels, columns = of.turned ? of.channels : of.filters;
   const int64_t stride = of.channels;
   for (int64_t column = first_column; column < last_column; column += lanes) {
-    const int64_t in_pair = column % (product_vectors * lanes), panel = column - in_pair;
-    const int64_t width = panel_width(panel, columns);
-    float* const to = of.transformed + panel * depth + in_pair;
+    const Panel panel(column, columns);
+    const int64_t width = panel.width;
+    float* const to = of.transformed + panel.first * depth + column - panel.first;
     if (of.turned) {
       for (int64_t k = 0; k < depth; ++k) {
         Floats u[4][4];
@@ -94,9 +83,7 @@ void forward(const ConvolutionForward& of, int64_t first_block, int64_t last_blo
     for (int64_t t = 0; t < count; ++t) {
       const Tile tile(of, first + t);
       const float* from[4][4];
-      for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 4; ++j) from[i][j] = pixel(of, of.x, depth, tile, i - 1, j - 1, zeros);
-      }
+      find_pixels(of, of.x, depth, tile, -1, zeros, from);
       for (int64_t c = 0; c < depth; c += lanes) transform_input(from, c, inputs + t * depth + c, input_stride);
     }
     for (int tap = 0; tap < taps; ++tap) {
@@ -104,7 +91,7 @@ void forward(const ConvolutionForward& of, int64_t first_block, int64_t last_blo
       float* const c = products + tap * product_stride;
       for_panels(columns, [&](auto vectors, int64_t column) {
         const float* const b = of.transformed + tap * tap_stride(depth, columns) + column * depth;
-        for_rows(count, [&](auto rows, int64_t t) {
+        for_rows<vectors>(count, [&](auto rows, int64_t t) {
           multiply_rows<rows, vectors>(a + t * depth, depth, b, c + t * columns + column, columns, depth);
         });
       });
@@ -130,14 +117,8 @@ void share_of(const FilterGradient& of, int64_t chunk, int64_t first_filter, int
     for (int64_t t = 0; t < count; ++t) {
       const Tile tile(of, first + t);
       const float *from[4][4], *gradient[2][2];
-      for (int i = 0; i < 4; ++i) {
-        for (int j = 0; j < 4; ++j) from[i][j] = pixel(of, of.x, depth, tile, i - 1, j - 1, zeros);
-      }
-      for (int i = 0; i < 2; ++i) {
-        for (int j = 0; j < 2; ++j) {
-          gradient[i][j] = pixel(of, of.dy + first_filter, of.filters, tile, i, j, zeros);
-        }
-      }
+      find_pixels(of, of.x, depth, tile, -1, zeros, from);
+      find_pixels(of, of.dy + first_filter, of.filters, tile, 0, zeros, gradient);
       // In panels of columns, each with its tiles one after the other.
       for_panels(depth, [&](auto vectors, int64_t panel) {
         for (int v = 0; v < vectors; ++v) {
@@ -155,7 +136,7 @@ void share_of(const FilterGradient& of, int64_t chunk, int64_t first_filter, int
       float* const c = share + tap * tap_stride(of.filters, depth);
       for_panels(depth, [&](auto vectors, int64_t panel) {
         const float* const b = inputs + tap * input_stride + panel * of.block_tiles;
-        for_rows(num_filters, [&](auto rows, int64_t k) {
+        for_rows<vectors>(num_filters, [&](auto rows, int64_t k) {
           multiply_columns<rows, vectors>(a + k, num_filters, b, c + k * depth + panel, depth, count, block > first_block);
         });
       });
@@ -205,6 +186,6 @@ void reduce_shares(const FilterGradient& of, int64_t first_filter, int64_t last_
 
 }  // namespace
 
-const ConvolutionKernels convolution = {transform_filters, forward, filter_shares, reduce_shares};
+const ConvolutionKernels convolution = {lanes, transform_filters, forward, filter_shares, reduce_shares};
 
 }  // namespace soda::SODA_ISA

@@ -44,7 +44,12 @@ std::atomic<const InstructionSet*> current{best()};
 
 }  // namespace
 
-const ConvolutionKernels& convolution_kernels() { return *current.load(std::memory_order_relaxed)->convolution; }
+const ConvolutionKernels& convolution_kernels(int64_t channels, int64_t filters) {
+  const InstructionSet* set = current.load(std::memory_order_relaxed);
+  while (channels % set->convolution->lanes || filters % set->convolution->lanes) ++set;  // each has what is above it
+  return *set->convolution;
+}
+
 const GroupNormKernels& group_norm_kernels() { return *current.load(std::memory_order_relaxed)->group_norm; }
 const DiffusionKernels& diffusion_kernels() { return *current.load(std::memory_order_relaxed)->diffusion; }
 

@@ -7,7 +7,8 @@
 
 namespace soda {
 
-const ConvolutionKernels& convolution_kernels();
+// Of this set or a smaller one, whose vectors images of so many channels fill: both numbers must be multiples of 8.
+const ConvolutionKernels& convolution_kernels(int64_t channels, int64_t filters);
 const GroupNormKernels& group_norm_kernels();
 const DiffusionKernels& diffusion_kernels();
 

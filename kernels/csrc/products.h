@@ -1,23 +1,44 @@
 // Products of small matrices of floats, of the sizes that stay in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace soda::SODA_ISA {
 
-// Rows and vectors of a result that is summed in registers: 12 sums and what they are made of fit into 16 registers, 24
-// into 32.
-constexpr int product_rows = lanes == 16 ? 12 : 6;
-constexpr int product_vectors = 2;
+// Sums that are kept in registers, 12 of 16 or 24 of 32, beside what they are made of.
+constexpr int product_sums = lanes == 16 ? 24 : 12;
 
-// Widths of a panel of columns, the last one being half as wide where they do not come out even.
-SODA_INLINE int64_t panel_width(int64_t first, int64_t columns) {
-  return columns - first >= product_vectors * lanes ? product_vectors * lanes : lanes;
+// Columns go in panels of two vectors. An odd vector makes the last one a panel of three, or of one if it is alone.
+struct Panel {
+  int64_t first, width;
+
+  Panel(int64_t column, int64_t columns) {
+    constexpr int64_t pair = 2 * lanes;
+    const int64_t pairs = columns / pair, number = column / pair;
+    const bool odd = columns % pair != 0, last = odd && number + 1 >= pairs;
+    first = pairs == 0 ? 0 : last ? (pairs - 1) * pair : number * pair;
+    width = last ? columns - first : pair;
+  }
+};
+
+// Call f(vectors, first) for each panel.
+template <class F>
+SODA_INLINE void for_panels(int64_t columns, F f) {
+  for (int64_t column = 0; column < columns;) {
+    const Panel panel(column, columns);
+    if (panel.width == lanes) f(std::integral_constant<int, 1>{}, column);
+    else if (panel.width == 2 * lanes) f(std::integral_constant<int, 2>{}, column);
+    else f(std::integral_constant<int, 3>{}, column);
+    column += panel.width;
+  }
 }
 
 // c[r, :] = sum over k of a[r, k] b[k, :], the rows of a and c `a_stride` and `c_stride` apart, those of b together.
 template <int rows, int vectors>
-SODA_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride, int64_t depth) {
+SODA_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
+                               int64_t depth) {
   Floats sums[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += vectors * lanes) {
     Floats columns[vectors];
@@ -54,10 +75,11 @@ SODA_INLINE void multiply_columns(const float* a, int64_t a_stride, const float*
 }
 
 // Call f(rows, first) for runs of rows, as many at a time as there are registers, then fewer.
-template <class F>
+template <int vectors, class F>
 SODA_INLINE void for_rows(int64_t count, F f) {
+  constexpr int most = product_sums / vectors;
   int64_t first = 0;
-  for (; first + product_rows <= count; first += product_rows) f(std::integral_constant<int, product_rows>{}, first);
+  for (; first + most <= count; first += most) f(std::integral_constant<int, most>{}, first);
   for (; first + 4 <= count; first += 4) f(std::integral_constant<int, 4>{}, first);
   for (; first + 2 <= count; first += 2) f(std::integral_constant<int, 2>{}, first);
   for (; first < count; ++first) f(std::integral_constant<int, 1>{}, first);

@@ -16,12 +16,19 @@ struct Tile {
   }
 };
 
-// Where a pixel's channels lie, or zeros beyond the border.
-SODA_INLINE const float* pixel(const Convolution& of, const float* images, int64_t channels, const Tile& tile, int64_t i,
-                               int64_t j, const float* zeros) {
-  const int64_t row = tile.row + i, column = tile.column + j;
-  if (row < 0 || row >= of.height || column < 0 || column >= of.width) return zeros;
-  return images + ((tile.image * of.height + row) * of.width + column) * channels;
+// Where the channels of a tile's pixels lie, from `start` rows and columns after its first one on; zeros beyond the border.
+template <int side>
+SODA_INLINE void find_pixels(const Convolution& of, const float* images, int64_t channels, const Tile& tile, int64_t start,
+                             const float* zeros, const float* (&at)[side][side]) {
+  const int64_t row = tile.row + start, column = tile.column + start;
+  const float* const first = images + ((tile.image * of.height + row) * of.width + column) * channels;
+  const bool inside = row >= 0 && column >= 0 && row + side <= of.height && column + side <= of.width;
+  for (int i = 0; i < side; ++i) {
+    for (int j = 0; j < side; ++j) {
+      const bool exists = inside || (row + i >= 0 && row + i < of.height && column + j >= 0 && column + j < of.width);
+      at[i][j] = exists ? first + (i * of.width + j) * channels : zeros;
+    }
+  }
 }
 
 // v = B' d B for a run of channels of one tile: tap t goes to to[t * stride].

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from soda_kernels import _checks
-from soda_kernels._autograd import first_derivative_only
+from soda_kernels._autograd import first_derivative_only, is_differentiated
 from soda_kernels._backend import current_ops
 from soda_kernels.convolution.ops import runs_winograd
 
@@ -21,7 +21,7 @@ def conv3x3(
     """Convolve with 3x3 filters, stride 1 and padding 1: activation(conv2d(x, weight, bias, padding=1) + residual).
 
     On a CPU with the native library, fp32 images in channels_last are convolved by Winograd's F(2x2, 3x3), forward and
-    backward, where both numbers of channels are multiples of 16 and there are at least eight tiles of 2x2 pixels.
+    backward, where both numbers of channels are multiples of 8 and there are at least eight tiles of 2x2 pixels.
     Everything else is PyTorch's convolution; `explain` tells which.
 
     Args:
@@ -42,7 +42,9 @@ def conv3x3(
     """
     _check(x, weight, bias, residual, activation)
     if runs_winograd(x, weight, bias, residual):
-        return _Conv3x3.apply(x, weight, bias, residual, activation == "relu")
+        if is_differentiated(x, weight, bias, residual):
+            return _Conv3x3.apply(x, weight, bias, residual, activation == "relu")
+        return current_ops().conv3x3(x, weight, bias, residual, activation == "relu")
     y = F.conv2d(x, weight, bias, padding=1)
     if residual is not None:
         y = y + residual

@@ -14,7 +14,7 @@ from soda_kernels._native import native_is_loaded, native_status
 from soda_kernels.convolution import reference
 
 
-_CHANNEL_MULTIPLE, _LEAST_TILES = 16, 8  # as in csrc/convolution.cpp
+_CHANNEL_MULTIPLE, _LEAST_TILES = 8, 8  # as in csrc/convolution.cpp
 
 
 def runs_winograd(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
