@@ -353,7 +353,7 @@ def problem(batch: int, positions: int, channels: int = 1, **options: bool) -> P
 def test_tiles_fill_the_chip_or_grow() -> None:
     assert heuristic(problem(1, 3 * 32 * 32)).positions == 1024
     assert heuristic(problem(256, 3 * 64 * 64)).positions == 8192
-    wide, step = heuristic(problem(64, 32 * 32, 256)), heuristic(problem(64, 32 * 32, 256, steps=True))
+    wide, step = heuristic(problem(64, 32 * 32, 256)), heuristic(problem(64, 32 * 32, 256, many_registers=True))
     assert wide.channels == 64 and wide.positions * wide.channels == 8192
     assert step.channels == 64 and step.positions * step.channels == 4096
 

@@ -17,8 +17,8 @@ from soda_kernels import _tuning
 # Each reads up to seven scalars in sectors of 32 bytes of their own, of what a tile of 1024 moves in bf16 up to 6%, of
 # 8192 1%. Fewer than 1024 would leave schedulers of a multiprocessor without a warp.
 _MOST, _LEAST = 8192, 1024
-# Of several channels in a sampler's step: larger ones spill (compiled for sm_90).
-_MOST_OF_A_STEP = 4096
+# Of several channels where many registers are needed: larger ones spill (compiled for sm_90 and sm_100).
+_MOST_IN_MANY_REGISTERS = 4096
 _PROGRAMS = 0.75
 _WIDEST = 64
 # Of one channel a thread's fill an access of 16 bytes; of several, 8 spill in some tiles (compiled for sm_90).
@@ -54,8 +54,8 @@ class Problem:
     """Whether noise is drawn, for which registers are needed."""
     whole: bool = False
     """Whether moments of whole samples are needed: by a program that holds one or walks over it, if there is a way."""
-    steps: bool = False
-    """Whether it is a sampler's step, which needs more registers."""
+    many_registers: bool = False
+    """Whether the kernel needs more than others: a sampler's step, or v's loss where it writes a gradient."""
 
     @property
     def key(self) -> str:
@@ -118,7 +118,7 @@ def _width(problem: Problem) -> int:
 
 
 def _most(problem: Problem) -> int:
-    return _MOST_OF_A_STEP if problem.steps and problem.channels > 1 else _MOST
+    return _MOST_IN_MANY_REGISTERS if problem.many_registers and problem.channels > 1 else _MOST
 
 
 def _programs(problem: Problem, tile: TileConfig) -> int:

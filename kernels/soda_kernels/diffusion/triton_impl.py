@@ -44,7 +44,7 @@ class _Geometry:
     @classmethod
     def of(
         cls, kernel: str, images: Sequence[Tensor], config: TileConfig | None, *, draws: bool = True,
-        whole: bool = False, steps: bool = False,
+        whole: bool = False, many_registers: bool = False,
     ) -> _Geometry:  # fmt: skip
         """Cut dense images.
 
@@ -53,7 +53,7 @@ class _Geometry:
             draws: whether noise is drawn, for which elements are told apart by their channels and positions. Without it
                 images of one layout are taken as they lie in memory.
             whole: whether a tile that holds a whole sample is wanted, if there is one.
-            steps: whether it is a sampler's step.
+            many_registers: whether the kernel needs more than others.
         """
         x = images[0]
         channels, positions = x.shape[1], x.shape[2:].numel()
@@ -62,7 +62,7 @@ class _Geometry:
             channels, positions = 1, channels * positions
         problem = Problem(
             kernel=kernel, batch=x.shape[0], positions=positions, channels=channels, draws=draws, whole=whole,
-            steps=steps, element_bytes=tuple(sorted({image.element_size() for image in images})),
+            many_registers=many_registers, element_bytes=tuple(sorted({image.element_size() for image in images})),
         )  # fmt: skip
         return cls(problem=problem, config=config or choose(problem, x.device))
 
@@ -233,7 +233,7 @@ def plan_sampler_step(
     rescales = guidance_rescale > 0.0 and uncond is not None
     kernel = "-".join(["sampler_step", method, *["guided"] * (uncond is not None), *["rescaled"] * rescales,
                        *["drawing"] * draws])  # fmt: skip
-    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales, steps=True)
+    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales, many_registers=True)
     before: tuple[Launch, ...] = ()
     walkers = geometry.config.walkers if rescales else 0
     moments = {"moments_ptr": None, "parts": walkers}
@@ -289,7 +289,10 @@ def _plan_errors(
     images = (prediction,) if target == "eps" else (prediction, x0)
     kernel = "denoising_loss_backward" if loss is None else "denoising_loss"
     saving = "-saving" if loss is not None and gradient is not None else ""
-    geometry = _Geometry.of(f"{kernel}-{target}{saving}", images, config, draws=target != "x0")
+    geometry = _Geometry.of(
+        f"{kernel}-{target}{saving}", images, config, draws=target != "x0",
+        many_registers=target == "v" and gradient is not None,
+    )  # fmt: skip
     num_programs = len(prediction) * geometry.chunks
     partial = None
     if loss is not None and geometry.chunks > 1:
