@@ -39,6 +39,7 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
     q, k, v = torch.randn(2, 5, 3, 8), torch.randn(2, 7, 3, 8), torch.randn(2, 3, 7, 8).transpose(1, 2)
     o, lse = torch.randn(2, 5, 3, 8), torch.randn(2, 3, 5)
     qkv = torch.randn(2, 5, 3, 3, 8)
+    image, filters, bias = channels_last(3, 8, 4, 6), torch.randn(8, 8, 3, 3), torch.randn(8)
     images = channels_last(3, 2, 4, 3)
     index, table, key = torch.tensor([1, 19, 4]), torch.rand(20), noise_arguments(3)
     half, octets = images.bfloat16(), (images * 50 + 128).byte()
@@ -70,6 +71,16 @@ def op_calls() -> dict[str, list[tuple[str, tuple[Any, ...]]]]:
             ("strided", (v, v, v, v, v, torch.randn(2, 3, 7), 0.3, None)),
         ],
         "attention_qkvpacked_backward": [("fp32", (o, qkv, o, lse, 0.3, None))],
+        "conv3x3": [
+            ("fused", (image, filters, bias, image, True)),
+            ("bf16", (image.bfloat16(), filters.bfloat16(), None, None, False)),
+            ("contiguous", (image.contiguous(), filters, bias, None, False)),
+        ],
+        "conv3x3_backward": [
+            ("all", (image, image, filters, True, True, True)),
+            ("one", (image, image, filters, False, True, False)),
+            ("contiguous", (image.contiguous(), image.contiguous(), filters, True, False, True)),
+        ],
         "philox_normal": [("fp32", (*key, 7, 1, torch.float32)), ("bf16", (*key, 8, 4, torch.bfloat16))],
         "philox_uniform": [("fp64", (*key, 7, 1, torch.float64))],
         "draw_step_index": [
