@@ -38,7 +38,7 @@ TARGETS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 _PLAIN: dict[str, tuple[Any, ...]] = {"thresholding": (False,), "rescale_betas_zero_snr": (False,)}
 _PLAIN_BY_ALGORITHM: dict[str, dict[str, tuple[Any, ...]]] = {
     "ddim": {},
-    "ddpm": {"variance_type": ("fixed_small", "fixed_small_log")},
+    "ddpm": {"variance_type": (None, "fixed_small", "fixed_small_log")},
     "dpmpp_2m": {
         "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint",), "variance_type": (None, "fixed_small"),
         **dict.fromkeys(
