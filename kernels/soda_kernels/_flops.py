@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE
+
 
 @functools.cache
 def register_flop_formulas() -> None:
@@ -30,7 +32,7 @@ def register_flop_formulas() -> None:
     def backward_qkvpacked(do_shape: Any, *_: Any, **__: Any) -> int:
         return 5 * product(do_shape, do_shape)
 
-    for ops in (torch.ops.soda_kernels, torch.ops.soda_kernels_reference):
+    for ops in (getattr(torch.ops, namespace) for namespace in (AUTO_NAMESPACE, REFERENCE_NAMESPACE)):
         register_flop_formula(ops.attention)(forward)
         register_flop_formula(ops.attention_backward)(backward)
         register_flop_formula(ops.attention_qkvpacked_backward)(backward_qkvpacked)
