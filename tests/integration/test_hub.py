@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import re
 import subprocess
@@ -166,6 +167,22 @@ def test_both_are_registered_side_by_side(loaded: ModuleType) -> None:
         assert str(ours.default._schema).split("::")[1] == str(theirs.default._schema).split("::")[1]
         assert ours.default is not theirs.default
     torch.testing.assert_close(loaded.modulated_group_norm(x, GROUPS), soda_kernels.modulated_group_norm(x, GROUPS))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_its_triton_kernels_run_in_the_interpreter(loaded: ModuleType, layout: torch.memory_format) -> None:
+    x, scale, shift = torch.randn(SHAPE).to(memory_format=layout), *torch.randn(2, SHAPE[0], SHAPE[1])
+    options = (None, None, None, None, [scale, shift], GROUPS, 1.0, 1e-5, True, 0.0, None, 1.0)
+    y, *_ = importlib.import_module(f"{loaded.__name__}.group_norm.triton_impl").forward(x, *options)
+    composition = modulated(x, scale, shift)
+    assert_accurate(y, composition, modulated(x.double(), scale.double(), shift.double()))
+    for family in ("attention", "diffusion"):
+        importlib.import_module(f"{loaded.__name__}.{family}.triton_impl")
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.silu(F.group_norm(x, GROUPS) * (1 + scale[..., None, None]) + shift[..., None, None])
 
 
 @use_kernel_forward_from_hub("GroupNorm")
