@@ -251,7 +251,7 @@ class SodaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # they 
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SodaSchedulerOutput | tuple[Tensor, Tensor]:
-        """Step from a timestep to the next, in one launch (DDIM with clip_sample: see the class).
+        """Step from a timestep to the next by `sampler_step` (DDIM with clip_sample: see the class).
 
         An element of `timesteps`, an int or a tensor in main memory says itself which step it is. Of another device's
         tensor the first of a loop is read, unless `set_begin_index` was called, and the steps after it are counted.
