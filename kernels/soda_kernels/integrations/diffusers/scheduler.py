@@ -60,7 +60,7 @@ class SodaSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class SodaScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # they differ in the type of config_name
+class SodaScheduler(SchedulerMixin, ConfigMixin):
     """One of diffusers' schedulers with fused steps.
 
         pipe.scheduler = SodaScheduler.from_config(pipe.scheduler.config)
