@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench carry gate lint types check clean
+.PHONY: help demo test bench carry gate hub api lint types check clean
 
 help:  ## list the targets
 	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,12 @@ gate: $(READY)  ## compile the kernels with another Triton, TRITON=3.6.0, and ch
 	PYTHONPATH=$(CURDIR)/$(VENV)/triton-$(TRITON) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal \
 		tests/kernels/test_triton_compiles.py tests/kernels/test_attention_compiles.py \
 		tests/kernels/test_diffusion_compiles.py -k measured_shapes
+
+hub: $(READY)  ## write the kernels for Hugging Face's kernels package, a repository in dist/hub
+	$(BIN)/python -m soda_kernels.integrations.hub --out dist/hub
+
+api: $(READY)  ## write kernels/API.md from the docstrings
+	$(BIN)/python kernels/api_reference.py
 
 lint: $(READY)  ## check the style
 	$(BIN)/ruff check .

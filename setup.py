@@ -48,7 +48,9 @@ EXTRAS = {
     "eval": ["soda-engine[engine]"],
     "bench": ["jinja2>=3.1", "matplotlib>=3.8", "nvtx>=0.2.10", "pytest>=8.2", "pytest-benchmark>=4.0"],
     "test": [
+        "diffusers>=0.30",
         "hypothesis>=6.100",
+        "kernels>=0.17",  # Hugging Face's, which has nothing to do with the folder of this name
         "mypy>=1.11",
         "packaging>=24.0",
         "pytest>=8.2",

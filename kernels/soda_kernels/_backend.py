@@ -46,7 +46,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def current_ops() -> Any:
     """Return the op namespace that the current backend calls."""
-    return ranged(torch.ops.soda_kernels if _backend == "auto" else torch.ops.soda_kernels_reference)
+    return ranged(getattr(torch.ops, AUTO_NAMESPACE if _backend == "auto" else REFERENCE_NAMESPACE))
 
 
 def is_reference() -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from soda_kernels._library import AUTO_NAMESPACE, REFERENCE_NAMESPACE
+
 
 @functools.cache
 def register_flop_formulas() -> None:
@@ -40,7 +42,7 @@ def register_flop_formulas() -> None:
     ) -> int:
         return (for_x + for_weight) * convolution(x_shape, weight_shape)
 
-    for ops in (torch.ops.soda_kernels, torch.ops.soda_kernels_reference):
+    for ops in (getattr(torch.ops, namespace) for namespace in (AUTO_NAMESPACE, REFERENCE_NAMESPACE)):
         register_flop_formula(ops.conv3x3)(convolution)
         register_flop_formula(ops.conv3x3_backward)(convolution_backward)
         register_flop_formula(ops.attention)(forward)

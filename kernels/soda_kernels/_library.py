@@ -1,7 +1,8 @@
 """The one place where ops are registered with PyTorch's dispatcher, which is the backend registry.
 
 Every op is defined twice: as `soda_kernels::name`, which takes whatever kernel a device has, and as
-`soda_kernels_reference::name`, which has the plain PyTorch implementation alone. A kernel for a device is an `impl` of
+`soda_kernels_reference::name`, which has the plain PyTorch implementation alone. A copy of this package under another
+name (`integrations/hub` writes one) has its ops under that name. A kernel for a device is an `impl` of
 the first under that device's dispatch key; nothing else decides.
 """
 
@@ -13,8 +14,8 @@ from typing import Any
 
 import torch
 
-AUTO_NAMESPACE = "soda_kernels"
-REFERENCE_NAMESPACE = "soda_kernels_reference"
+AUTO_NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+REFERENCE_NAMESPACE = f"{AUTO_NAMESPACE}_reference"
 
 _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in (AUTO_NAMESPACE, REFERENCE_NAMESPACE)}
 

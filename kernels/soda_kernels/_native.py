@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from soda_kernels._library import REFERENCE_NAMESPACE
+
 # Both are left beside this file by the build (setup.py): the library, or one line on why there is none.
 LIBRARY = Path(__file__).with_name("libsoda_kernels.so")
 BUILD_NOTE = Path(__file__).with_name("native_build.txt")
@@ -23,9 +25,6 @@ ISA_VARIABLE = "SODA_CPU_ISA"
 
 # The families with native kernels; each lists its ops in its `native.FALLBACKS`.
 _FAMILIES = ("convolution", "group_norm", "diffusion")
-
-# Holds what the library calls for inputs that it has no kernels for.
-_FALLBACKS = torch.library.Library("soda_kernels_native", "DEF")
 
 _library: ctypes.CDLL | None = None
 _reason = "it was not loaded"
@@ -88,14 +87,21 @@ def load() -> None:
 
 
 @functools.cache
-def _define_fallbacks() -> None:
-    """Let the library call what the families list."""
+def _define_fallbacks() -> torch.library.Library:
+    """Let the library call what the families list, for as long as what is returned lives: the cache keeps it."""
+    fallbacks = torch.library.Library("soda_kernels_native", "DEF")
     for family in _FAMILIES:
-        for fallback in importlib.import_module(f"soda_kernels.{family}.native").FALLBACKS:
-            reference = getattr(torch.ops.soda_kernels_reference, fallback.op).default
+        for fallback in importlib.import_module(f".{family}.native", __package__).FALLBACKS:
+            reference = _reference(fallback.op)
             arguments, _, results = str(reference._schema).partition("(")[2].partition(") ->")
-            _FALLBACKS.define(f"{fallback.op}({arguments}) -> {fallback.results or results}")
-            _FALLBACKS.impl(fallback.op, fallback.function or reference, "CompositeExplicitAutograd")
+            fallbacks.define(f"{fallback.op}({arguments}) -> {fallback.results or results}")
+            fallbacks.impl(fallback.op, fallback.function or reference, "CompositeExplicitAutograd")
+    return fallbacks
+
+
+def _reference(op: str) -> Any:
+    """Return an op that has its reference alone."""
+    return getattr(getattr(torch.ops, REFERENCE_NAMESPACE), op).default
 
 
 def use_isa(name: str) -> None:
@@ -148,7 +154,7 @@ def in_words(refusal: RuntimeError, op: str, *arguments: Any) -> Exception:
     if _library is None or not arguments[0].is_cpu:
         return refusal
     try:
-        getattr(torch.ops.soda_kernels_reference, op)(*arguments)
+        _reference(op)(*arguments)
     except Exception as error:
         return error
     return refusal

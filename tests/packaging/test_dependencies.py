@@ -21,7 +21,10 @@ IMPLEMENTATIONS = frozenset({"reference", "triton_impl"})
 
 
 def breach_of_kernels(path: Path, found: Import) -> str | None:
-    """Say which rule of soda_kernels an import breaks, if any: Triton only in files with triton in their names."""
+    """Say which rule of soda_kernels an import breaks, if any: Triton only in files with triton in their names.
+
+    An integration imports the project that it is for, and nothing imports an integration.
+    """
     in_triton_file = "triton" in path.stem
     if found.top in ("soda_engine", "benchmarks", "tests"):
         return f"{found.top} is above soda_kernels"
@@ -29,6 +32,11 @@ def breach_of_kernels(path: Path, found: Import) -> str | None:
     if path.stem in IMPLEMENTATIONS and found.top == "soda_kernels" and target & (IMPLEMENTATIONS - {path.stem}):
         return "implementations do not import one another"
     if not found.on_load or in_triton_file:
+        return None
+    of_integration = "integrations" in path.parts
+    if found.module.startswith("soda_kernels.integrations") and not of_integration:
+        return "an integration is imported by its own name alone"
+    if of_integration and path.name != "__init__.py" and found.top == path.parent.name:
         return None
     if found.top == "soda_kernels" and any("triton" in part for part in target if part):
         return "a file with Triton in it is imported inside the function that launches it"
@@ -101,6 +109,10 @@ def test_engine_imports_only_public_names_of_kernels() -> None:
         ("reference.py", "from ..diffusion.api import add_noise", None),
         ("api.py", "def run():\n    import soda_engine", "above"),
         ("api.py", "import einops", "einops is not torch"),
+        ("api.py", "import soda_kernels.integrations.diffusers", "by its own name"),
+        ("integrations/diffusers/scheduler.py", "import diffusers", None),
+        ("integrations/diffusers/scheduler.py", "import transformers", "transformers is not torch"),
+        ("integrations/diffusers/__init__.py", "import diffusers", "diffusers is not torch"),
     ],
 )
 def test_rule_of_kernels(file: str, statement: str, breach: str | None) -> None:

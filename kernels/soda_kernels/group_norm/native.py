@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from soda_kernels._library import REFERENCE_NAMESPACE
 from soda_kernels._native import Fallback
 from soda_kernels.group_norm import ops  # noqa: F401  registers the reference
 from soda_kernels.group_norm.checks import check_tensors
 
-_REFERENCE = torch.ops.soda_kernels_reference
+_REFERENCE = getattr(torch.ops, REFERENCE_NAMESPACE)
 
 
 def _forward(*args: Any) -> Any:

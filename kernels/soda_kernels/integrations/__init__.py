@@ -1,0 +1,1 @@
+"""The kernels in other people's projects, each part imported only where it is used."""
