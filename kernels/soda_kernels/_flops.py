@@ -16,8 +16,8 @@ def register_flop_formulas() -> None:
     """Let `FlopCounterMode` count attention and convolution as it counts torch's own.
 
     Attention is two products forward and five backward. A convolution's products are those of its definition, of which
-    Winograd's algorithm takes fewer. A multiply-add is two operations. Call it once before counting; it is not done on import, because torch's counter
-    imports Triton.
+    Winograd's algorithm takes fewer. A multiply-add is two operations. Call it once before counting; it is not done on
+    import, because torch's counter imports Triton.
     """
     from torch.utils.flop_counter import register_flop_formula
 

@@ -17,8 +17,8 @@ _native.load()
 # Not in silence where it could be built: tests/packaging/test_native_build.py fails there.
 native = pytest.mark.skipif(not _native.native_status().available, reason=str(_native.native_status()))
 
-# Even and odd sides, one row, panels of one to four vectors of every width, chunks that do not come out even, more filters
-# than a unit has, and 2x2 pixels, where all of a tile but a quarter is border.
+# Even and odd sides, one row, panels of every width, chunks that do not come out even, more filters than a unit has, and
+# 2x2 pixels, where all of a tile but a quarter is border.
 SHAPES = [
     ((8, 16, 2, 2), 16),
     ((3, 24, 5, 7), 8),
@@ -160,7 +160,8 @@ def test_everything_else_is_pytorchs(name: str) -> None:
     # The op itself leaves it to its reference too.
     op = torch.ops.soda_kernels.conv3x3(x.detach(), weight.detach(), None, None, False)
     assert torch.equal(op, expected)
-    gradients = torch.ops.soda_kernels.conv3x3_backward(expected.detach(), x.detach(), weight.detach(), True, True, True)
+    backward = torch.ops.soda_kernels.conv3x3_backward
+    gradients = backward(expected.detach(), x.detach(), weight.detach(), True, True, True)
     for ours, stock in zip(gradients, torch.autograd.grad(expected, (x, weight), expected.detach()), strict=False):
         torch.testing.assert_close(ours, stock)
 

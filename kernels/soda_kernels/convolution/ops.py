@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soda_kernels._checks import image_memory_format
 from soda_kernels._backend import is_reference
+from soda_kernels._checks import image_memory_format
 from soda_kernels._library import define
 from soda_kernels._native import native_is_loaded, native_status
 from soda_kernels.convolution import reference
-
 
 _CHANNEL_MULTIPLE, _LEAST_TILES = 8, 8  # as in csrc/convolution.cpp
 
