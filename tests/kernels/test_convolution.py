@@ -17,8 +17,8 @@ _native.load()
 # Not in silence where it could be built: tests/packaging/test_native_build.py fails there.
 native = pytest.mark.skipif(not _native.native_status().available, reason=str(_native.native_status()))
 
-# Even and odd sides, one row, panels of every width, chunks that do not come out even, more filters than a unit has, and
-# 2x2 pixels, where all of a tile but a quarter is border.
+# Even and odd sides, one row, panels of every width, chunks that do not come out even, more filters than a unit has;
+# and 2x2 pixels, where all of a tile but a quarter is border.
 SHAPES = [
     ((8, 16, 2, 2), 16),
     ((3, 24, 5, 7), 8),
