@@ -174,6 +174,11 @@ def test_the_reference_backend_and_autocast_run_pytorchs() -> None:
         assert conv3x3(problem.x, problem.weight).dtype == torch.bfloat16
 
 
+def test_on_meta_it_has_a_shape() -> None:
+    y = conv3x3(torch.empty(2, 8, 6, 6, device="meta"), torch.empty(16, 8, 3, 3, device="meta"))
+    assert y.is_meta and y.shape == (2, 16, 6, 6)
+
+
 @native
 def test_a_second_derivative_is_refused() -> None:
     problem = Problem((3, 24, 5, 7), 16)

@@ -71,12 +71,15 @@ def _check(x: object, weight: object, bias: object, residual: object, activation
         assert isinstance(residual, Tensor)
         _checks.check_shape("residual", residual, (x.shape[0], weight.shape[0], *x.shape[2:]))
         named.append(("residual", residual))
-    autocast = torch.is_autocast_enabled(x.device.type)
     for name, tensor in named:
         _checks.check_device(name, tensor, "x", x)
-        if tensor.dtype != x.dtype and not autocast:
+        if tensor.dtype != x.dtype and not _autocast(x.device.type):
             raise TypeError(f"{name} has dtype {tensor.dtype} and x {x.dtype}; they must be the same")
     _checks.check_choice("activation", activation, ("relu", None))
+
+
+def _autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class _Conv3x3(torch.autograd.Function):
