@@ -57,6 +57,11 @@ def replace(module: nn.Module, kind: type[Fused]) -> None:
     module.__class__ = fused_class(kind, plain_class)  # type: ignore[assignment]
 
 
+def class_name(model: object) -> str:
+    """Return the name of the class that a model has, or had before it was replaced."""
+    return (model.plain_class if isinstance(model, Fused) else type(model)).__name__  # type: ignore[no-any-return]
+
+
 def restore_modules(model: nn.Module) -> int:
     """Give every replaced module the class back that it had, and return how many there were."""
     replaced = [module for module in model.modules() if isinstance(module, Fused)]
@@ -94,7 +99,7 @@ class Report:
         """Add what is replaced in a model now, and what was left in it; `prefix` comes before its names."""
         for name, module in model.named_modules():
             if isinstance(module, Fused):
-                self.replaced.setdefault(module.label, []).append(prefix + name)
+                self.replaced.setdefault(module.label, []).append(prefix + name or "the model itself")
         self.left.update({prefix + name: reason for name, reason in left.items()})
 
     def __str__(self) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 from soda_kernels.integrations import norms
 from soda_kernels.integrations.diffusers import attention, blocks
 from soda_kernels.integrations.diffusers.agreement import require_agreement, require_diffusers
-from soda_kernels.integrations.replacement import OWN_FORWARD, Fused, Report, own_forward, replace, restore_modules
+from soda_kernels.integrations.replacement import OWN_FORWARD, Fused, Report, class_name, own_forward, replace, restore_modules
 
 
 def optimize(model: Any) -> Report:
@@ -37,7 +37,7 @@ def optimize(model: Any) -> Report:
     require_diffusers()
     models = _models(model)
     require_agreement(_replace_in)
-    report = Report(type(model).__name__)
+    report = Report(class_name(model))
     for prefix, part in models.items():
         if not any(norms.is_group_norm(module) or isinstance(module, Fused) for module in part.modules()):
             report.left[prefix.rstrip(".")] = "it has no group norm"
