@@ -48,6 +48,7 @@ EXTRAS = {
     "eval": ["soda-engine[engine]"],
     "bench": ["jinja2>=3.1", "matplotlib>=3.8", "nvtx>=0.2.10", "pytest>=8.2", "pytest-benchmark>=4.0"],
     "test": [
+        "diffusers>=0.30",
         "hypothesis>=6.100",
         "mypy>=1.11",
         "packaging>=24.0",

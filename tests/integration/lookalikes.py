@@ -1,4 +1,4 @@
-"""Models written for these tests, with the attributes and the order of computation of well-known repositories' blocks."""
+"""Models written for these tests, with attributes and formulas as the blocks of well-known repositories have them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class Norm32(nn.GroupNorm):
     """guided-diffusion's: a group norm in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float() if x.dtype != torch.float64 else x).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.group_norm(x.to(wide), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class Swish(nn.Module):
@@ -194,7 +196,8 @@ LOOKALIKES: dict[str, tuple[Any, int]] = {
         AdmResBlock(16, 16, EMB, scale_shift=True, updown=True),
     ), 2),
     "guided-diffusion without scale_shift": (lambda: Denoiser(
-        AdmResBlock(8, 16, EMB, scale_shift=False, updown=True), AdmResBlock(16, 16, EMB, scale_shift=False, updown=False),
+        AdmResBlock(8, 16, EMB, scale_shift=False, updown=True),
+        AdmResBlock(16, 16, EMB, scale_shift=False, updown=False),
     ), 0),
     "EDM, adaptive": (lambda: Denoiser(
         EdmUnetBlock(8, 16, EMB, adaptive=True, num_heads=2), EdmUnetBlock(16, 16, EMB, adaptive=True, num_heads=0),

@@ -1,1 +1,1 @@
-"""The kernels in models that other people wrote; each part is imported by its own name, and only on use."""
+"""The kernels in other people's projects, each part imported only where it is used."""

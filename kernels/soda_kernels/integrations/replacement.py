@@ -27,11 +27,11 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class is made at run time: what is pickled or copied is how to make it.
-        return _rebuild, (kind_of(self), self.plain_class), self.__getstate__()  # type: ignore[attr-defined]
+        return _rebuild, (kind_of(self), self.plain_class), self.__getstate__()
 
 
 @functools.cache
-def fused_class(kind: type[Fused], plain_class: type[nn.Module]) -> type[nn.Module]:
+def fused_class(kind: Any, plain_class: Any) -> Any:
     """Return the class that a module of `plain_class` gets, always the same one."""
     method = "_forward" if hasattr(plain_class, "_forward") else "forward"
     run = getattr(kind, "fused_forward", None)
@@ -39,7 +39,7 @@ def fused_class(kind: type[Fused], plain_class: type[nn.Module]) -> type[nn.Modu
     return type(f"Fused{plain_class.__name__}", (kind, plain_class), content | ({method: run} if run else {}))
 
 
-def _rebuild(kind: type[Fused], plain_class: type[nn.Module]) -> nn.Module:
+def _rebuild(kind: Any, plain_class: Any) -> nn.Module:
     made = fused_class(kind, plain_class)
     module: nn.Module = made.__new__(made)
     return module
@@ -51,15 +51,15 @@ def kind_of(module: Any) -> type[Fused]:
     return kind
 
 
-def replace(module: nn.Module, kind: type[Fused]) -> None:
+def replace(module: nn.Module, kind: Any) -> None:
     """Give a module the class of a kind, also where it has that of another."""
-    plain_class = module.plain_class if isinstance(module, Fused) else type(module)
-    module.__class__ = fused_class(kind, plain_class)  # type: ignore[assignment]
+    plain_class: Any = module.plain_class if isinstance(module, Fused) else type(module)
+    module.__class__ = fused_class(kind, plain_class)
 
 
 def class_name(model: object) -> str:
     """Return the name of the class that a model has, or had before it was replaced."""
-    return (model.plain_class if isinstance(model, Fused) else type(model)).__name__  # type: ignore[no-any-return]
+    return (model.plain_class if isinstance(model, Fused) else type(model)).__name__
 
 
 def restore_modules(model: nn.Module) -> int:

@@ -32,9 +32,10 @@ def require_agreement(replace_in: Callable[[nn.Module], Any]) -> None:
     if wrong:
         from diffusers import __version__ as version
 
+        names = ", ".join(wrong)
         raise ValueError(
-            f"diffusers {version} computes {', '.join(wrong)} otherwise than soda_kernels.integrations.diffusers knows; "
-            "nothing was replaced; take an older one, or a newer soda-engine"
+            f"diffusers {version} computes {names} otherwise than soda_kernels.integrations.diffusers knows; "
+            "nothing was replaced: take an older diffusers or a newer soda-engine"
         )
 
 
@@ -44,7 +45,8 @@ def _disagreeing(replace_in: Callable[[nn.Module], Any]) -> list[str]:
     # Neither the caller's random numbers nor his default device and gradients are touched.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(0)
-        return [type(model).__name__ for model, inputs in _tiny_models() if not _agrees(model, inputs, replace_in)]
+        wrong = [type(model).__name__ for model, inputs in _tiny_models() if not _agrees(model, inputs, replace_in)]
+    return list(dict.fromkeys(wrong))
 
 
 def _agrees(model: nn.Module, inputs: tuple[Any, ...], replace_in: Callable[[nn.Module], Any]) -> bool:

@@ -104,7 +104,7 @@ def replacing(processor: object) -> SodaAttnProcessor | None:
 
 
 class Attention(Fused):
-    """Its `Attention`. The processor stays the one that was set, now or later; this one runs in place of two of them."""
+    """Its `Attention`. Its processor stays the one that was set, now or later; ours run in place of two of them."""
 
     label = "attention"
     processor: Any

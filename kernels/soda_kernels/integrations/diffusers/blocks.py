@@ -1,4 +1,4 @@
-"""What the replaced blocks of diffusers compute: the same as theirs, with norm, modulation, SiLU and dropout in one op."""
+"""What replaced blocks of diffusers compute: the same as theirs, with norm, modulation, SiLU and dropout in one op."""
 
 from __future__ import annotations
 

@@ -10,7 +10,15 @@ from torch import nn
 from soda_kernels.integrations import norms
 from soda_kernels.integrations.diffusers import attention, blocks
 from soda_kernels.integrations.diffusers.agreement import require_agreement, require_diffusers
-from soda_kernels.integrations.replacement import OWN_FORWARD, Fused, Report, class_name, own_forward, replace, restore_modules
+from soda_kernels.integrations.replacement import (
+    OWN_FORWARD,
+    Fused,
+    Report,
+    class_name,
+    own_forward,
+    replace,
+    restore_modules,
+)
 
 
 def optimize(model: Any) -> Report:

@@ -1,4 +1,4 @@
-"""What a module computes, found out by running a copy of it on a small input: names and attributes alone may mislead."""
+"""What a module computes, found out by running a copy of it on a small input: names and attributes may mislead."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def computes_silu(module: nn.Module) -> bool:
     """Tell whether a module is a SiLU: PyTorch's, or one without parameters and modules that somebody wrote."""
     if isinstance(module, Fused):
         return False
-    return norms.is_silu(module) or _class_computes_silu(type(module))
+    cls: Any = type(module)
+    return norms.is_silu(module) or _class_computes_silu(cls)
 
 
 @functools.cache
-def _class_computes_silu(cls: type[nn.Module]) -> bool:
+def _class_computes_silu(cls: Any) -> bool:
     if cls.__name__.lower() not in ("silu", "swish"):
         return False
     x = torch.linspace(-4, 4, 9, device="cpu")

@@ -7,7 +7,15 @@ from typing import Any
 from torch import nn
 
 from soda_kernels.integrations import norms
-from soda_kernels.integrations.replacement import OWN_FORWARD, Fused, Report, class_name, own_forward, replace, restore_modules
+from soda_kernels.integrations.replacement import (
+    OWN_FORWARD,
+    Fused,
+    Report,
+    class_name,
+    own_forward,
+    replace,
+    restore_modules,
+)
 from soda_kernels.integrations.torch import sequences
 from soda_kernels.integrations.torch.behaviour import computes_group_norm, disagreement
 from soda_kernels.integrations.torch.blocks import KINDS, Block
@@ -43,8 +51,8 @@ def optimize(model: nn.Module) -> Report:
                 left[name] = OWN_FORWARD
             else:
                 replace(part, norms.GroupNorm)
-    for name, part in parts.items():
-        if type(part).forward is nn.Sequential.forward and any(sequences.pairs_of(part)):  # type: ignore[arg-type]
+    for part in parts.values():
+        if type(part).forward is nn.Sequential.forward and any(sequences.pairs_of(part)):
             replace(part, sequences.Sequential)
     for name, kind in blocks.items():
         part = parts[name]
