@@ -21,9 +21,7 @@ _MAGNITUDE = 0.01
 
 
 def computes_silu(module: nn.Module) -> bool:
-    """Tell whether a module is a SiLU: PyTorch's, or one without parameters and modules that somebody wrote."""
-    if isinstance(module, Fused):
-        return False
+    """Tell whether a module is a SiLU: PyTorch's, or one of its name that computes the same."""
     cls: Any = type(module)
     return norms.is_silu(module) or _class_computes_silu(cls)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from soda_kernels.attention.api import attention
 from soda_kernels.integrations import norms
 from soda_kernels.integrations.replacement import Fused
-from soda_kernels.integrations.torch.behaviour import computes_silu, example
+from soda_kernels.integrations.torch.behaviour import example
 
 _SIDE = 4
 
@@ -67,7 +67,7 @@ def _is_adm_shaped(module: Any) -> bool:
     if not all(isinstance(sequence, nn.Sequential) for sequence in sequences) or len(module.out_layers) < 4:
         return False
     _, silu, dropout, *_ = module.out_layers
-    return computes_silu(silu) and isinstance(dropout, nn.Dropout) and hasattr(module, "skip_connection")
+    return norms.is_silu(silu) and isinstance(dropout, nn.Dropout) and hasattr(module, "skip_connection")
 
 
 def _channels(sequence: Any) -> int:

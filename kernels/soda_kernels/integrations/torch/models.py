@@ -17,18 +17,18 @@ from soda_kernels.integrations.replacement import (
     restore_modules,
 )
 from soda_kernels.integrations.torch import sequences
-from soda_kernels.integrations.torch.behaviour import computes_group_norm, disagreement
+from soda_kernels.integrations.torch.behaviour import computes_group_norm, computes_silu, disagreement
 from soda_kernels.integrations.torch.blocks import KINDS, Block
 
 
 def optimize(model: nn.Module) -> Report:
     """Replace, in place, the group norms of a model, with the modulations, SiLU and dropout that follow them.
 
-    Replaced are group norms (PyTorch's, and classes with its attributes that compute the same), each `nn.Sequential` in
-    which a SiLU follows one, and residual blocks of the guided-diffusion, EDM and DiffAE kinds. A block is known by its
-    attributes; it is replaced only where a copy of it, on a small input, gives the same result both ways. Whatever else
-    calls a group norm finds it to be one. Modules get other classes and nothing else: parameters, their names and the
-    state dict are as before. A second call changes nothing.
+    Replaced are group norms (PyTorch's, and classes with its attributes that compute the same), SiLUs of other classes,
+    each `nn.Sequential` in which a SiLU follows a group norm, and residual blocks of the guided-diffusion, EDM and
+    DiffAE kinds. A block is known by its attributes; it is replaced only where a copy of it, on a small input, gives
+    the same result both ways. Whatever else calls a group norm finds it to be one. Modules get other classes and
+    nothing else: parameters, their names and the state dict are as before. A second call changes nothing.
 
     Args:
         model: any module; its weights may be on the meta device.
@@ -44,6 +44,9 @@ def optimize(model: nn.Module) -> Report:
     left: dict[str, str] = {}
     checked: dict[Any, str | None] = {}
     parts = dict(model.named_modules())
+    for part in parts.values():
+        if computes_silu(part) and not norms.is_silu(part) and not own_forward(part):
+            replace(part, norms.Silu)
     blocks = {name: kind for name, part in parts.items() if (kind := _kind(part)) is not None}
     for name, part in parts.items():
         if not isinstance(part, Fused) and computes_group_norm(part):
@@ -63,7 +66,7 @@ def optimize(model: nn.Module) -> Report:
             left[name] = reason
     report = Report(class_name(model))
     report.include("", model, left)
-    if not report.replaced and not left:
+    if not any(isinstance(part, norms.GroupNorm) for part in model.modules()) and not left:
         raise ValueError(f"{report.model} has no group norm, so that there is nothing in it to replace")
     return report
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from soda_kernels.integrations import norms
 from soda_kernels.integrations.replacement import Fused, own_forward
-from soda_kernels.integrations.torch.behaviour import computes_silu
 
 
 class Sequential(Fused):
@@ -40,7 +39,7 @@ def _taken(modules: list[nn.Module], index: int) -> int:
     if not isinstance(modules[index], norms.GroupNorm):
         return 0
     following = modules[index + 1 : index + 3]
-    if not following or not computes_silu(following[0]) or has_hooks(modules[index], following[0]):
+    if not following or not norms.is_silu(following[0]) or has_hooks(modules[index], following[0]):
         return 0
     return 1 + int(len(following) > 1 and norms.drop_probability(following[1]) is not None)
 
@@ -57,5 +56,5 @@ def pairs_of(sequence: nn.Sequential) -> Iterator[nn.Module]:
     """Yield the group norms of a sequence that a SiLU follows."""
     modules = list(sequence)
     for norm, following in zip(modules, modules[1:], strict=False):
-        if isinstance(norm, norms.GroupNorm) and computes_silu(following):
+        if isinstance(norm, norms.GroupNorm) and norms.is_silu(following):
             yield norm
