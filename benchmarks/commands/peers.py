@@ -17,9 +17,9 @@ def add_parser(commands: Any) -> None:
         "Models of diffusers with the kernels in them against the same models without: launches and bytes of Stable "
         "Diffusion's U-Net as on a GPU, and times of a small U-Net's training step on this CPU.",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, default=40.0, metavar="S",
-                        help="for all timed steps together; 0 only counts; %(default)g if not given")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, metavar="N",
+    parser.add_argument("--seconds", type=float, default=90.0, metavar="S",
+                        help="for all timed steps together, 0 to count alone; %(default)g if not given")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=4, metavar="N",
                         help="images of a timed step; %(default)s if not given")  # fmt: skip
     parser.add_argument("--no-count", action="store_true", help="only time")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write both tables' rows there")
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--seconds is {options.seconds}; it must not be negative")
     check_writable(options.json)
     try:
-        import diffusers  # noqa: F401
+        import diffusers
     except ImportError as error:
         raise ValueError(f"peers needs diffusers, which cannot be imported ({error}): pip install diffusers") from None
     import torch
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if options.seconds:
         found["training"] = training.training_rows(options.batch, options.seconds, tables.show_progress)
         tables.end_progress()
-        print(f"\nUNet2DModel, 32x32, batch {options.batch}, fp32, this CPU with {torch.get_num_threads()} threads")
+        print(f"\nUNet2DModel for 32x32 images, batch {options.batch}, fp32, this CPU with {torch.get_num_threads()} threads")
         print(training.training_table(found["training"]))
     if options.json is not None:
         write_json(options.json, found | {"env": describe_environment(torch.device("cpu"))})

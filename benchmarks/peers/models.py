@@ -23,14 +23,22 @@ def stable_diffusion(batch: int, dtype: torch.dtype, layout: torch.memory_format
     return _in_layout(model, layout), (sample.to(memory_format=layout), step, text)
 
 
-def small_unet(batch: int, layout: torch.memory_format, **changes: Any) -> tuple[nn.Module, Inputs]:
-    """Build a U-Net for 32x32 images that trains on a CPU, 4 million parameters, with random weights and inputs."""
+SMALL_UNETS: dict[str, dict[str, Any]] = {
+    "64 channels": {"block_out_channels": (64, 128, 128)},
+    "64 channels, scale_shift": {"block_out_channels": (64, 128, 128), "resnet_time_scale_shift": "scale_shift"},
+    "32 channels": {"block_out_channels": (32, 64, 64)},
+}
+"""U-Nets that train on a CPU: how many channels the first level has, and whether the time scales too."""
+
+
+def small_unet(name: str, batch: int, layout: torch.memory_format) -> tuple[nn.Module, Inputs]:
+    """Build one of SMALL_UNETS for 32x32 images, with random weights and inputs."""
     from diffusers import UNet2DModel
 
     model = UNet2DModel(
-        sample_size=32, block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=32,
+        sample_size=32, layers_per_block=1, attention_head_dim=32, **SMALL_UNETS[name],
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), **changes,
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     sample = torch.randn(batch, 3, 32, 32)
     return _in_layout(model, layout), (sample.to(memory_format=layout), torch.randint(1000, (batch,)))
