@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     if options.seconds:
         found["training"] = training.training_rows(options.batch, options.seconds, tables.show_progress)
         tables.end_progress()
-        print(f"\nUNet2DModel for 32x32 images, batch {options.batch}, fp32, this CPU with {torch.get_num_threads()} threads")
+        threads = torch.get_num_threads()
+        print(f"\nUNet2DModel for 32x32 images, batch {options.batch}, fp32, this CPU with {threads} threads")
         print(training.training_table(found["training"]))
     if options.json is not None:
         write_json(options.json, found | {"env": describe_environment(torch.device("cpu"))})

@@ -37,7 +37,7 @@ def step_of(model_name: str, optimized: bool, layout: str, batch: int) -> timers
 
 
 def training_rows(batch: int, seconds: float, say: Callable[[str], None] = lambda _text: None) -> list[dict[str, Any]]:
-    """Time each model's steps in turn, all models in so many seconds: a row each, with its ratio to the faster plain one.
+    """Time each model's steps in turn, all models in so many seconds: a row each, with its ratio to the faster plain's.
 
     The first plain way runs a second time, under another name: its ratio to itself is what the machine alone does.
     """
