@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.integration.lookalikes import (
 )
 from tests.integration.peers import randomized
 from tests.numerics import assert_accurate, assert_accurate_in_norm
+from tests.packaging.source_tree import ROOT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -212,3 +214,12 @@ def test_modulated_group_norm_loads_a_group_norms_state() -> None:
     x = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(ours(x), plain(x))
     nn.GroupNorm(4, 16).load_state_dict(ours.state_dict())
+
+
+def test_examples_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "kernels/soda_kernels/integrations/README.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {})
+    assert capsys.readouterr().out.count("modules replaced, 0 left") == 2
