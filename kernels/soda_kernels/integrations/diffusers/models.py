@@ -182,10 +182,8 @@ def _why_not(module: nn.Module, plain: type) -> str | None:
 
 def _output_head(model: Any) -> dict[str, str]:
     norm, silu = model.conv_norm_out, model.conv_act
-    if isinstance(norm, norms.GroupNormSilu):
-        return {}
     if norm is None or not norms.is_group_norm(norm):
-        return {}  # a SpatialNorm tells of itself
+        return {}  # it is replaced already; or a SpatialNorm, which tells of itself
     if not norms.is_silu(silu) or own_forward(norm) or own_forward(silu):
         return {"conv_act": "it is no SiLU that the norm before it could apply"}
     replace(norm, norms.GroupNormSilu)
