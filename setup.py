@@ -47,8 +47,10 @@ EXTRAS = {
     # torchvision.
     "eval": ["soda-engine[engine]"],
     "bench": ["jinja2>=3.1", "matplotlib>=3.8", "nvtx>=0.2.10", "pytest>=8.2", "pytest-benchmark>=4.0"],
+    # What soda_kernels.integrations.diffusers needs beside soda_kernels.
+    "diffusers": ["diffusers>=0.33"],
     "test": [
-        "diffusers>=0.30",
+        "diffusers>=0.33",
         "hypothesis>=6.100",
         "kernels>=0.17",  # Hugging Face's, which has nothing to do with the folder of this name
         "mypy>=1.11",
@@ -61,7 +63,7 @@ EXTRAS = {
         "setuptools>=77",
         "types-tqdm",
     ],
-    "all": ["soda-engine[engine,eval,bench,test]"],
+    "all": ["soda-engine[engine,eval,bench,diffusers,test]"],
 }
 
 

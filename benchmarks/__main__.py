@@ -7,11 +7,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from benchmarks.commands import compare, gpu, readme, report, run, traffic, tune
+from benchmarks.commands import compare, gpu, peers, readme, report, run, traffic, tune
 from benchmarks.commands.arguments import Parser
 
 DESCRIPTION = "Measure the kernels: what they move, what they compile to, how long they take."
-COMMANDS = (traffic, run, report, compare, tune, readme, gpu)
+COMMANDS = (traffic, run, report, compare, tune, peers, readme, gpu)
 """In the order of `--help`."""
 
 
