@@ -53,6 +53,8 @@ class Contender:
     variant: str
     dtype: str
     build: Callable[[EndToEndProblem], Built]
+    by_default: bool = True
+    """Whether it runs where nobody names providers."""
 
     @property
     def most_times_torch(self) -> float:
@@ -230,10 +232,9 @@ def contenders(op: str, dtype: str) -> list[Contender]:
     own_dtypes = (dtype, "bf16") if op == "train_step" and dtype == "fp32" else (dtype,)
     found = [Contender(provider=OURS, variant=own, dtype=own, build=_OWN[op]) for own in own_dtypes]
     if op == "train_step":
-        # On a GPU as CUDA graphs: what is compared is the fewest launches that the engine can be asked for.
-        how: Compile = "graphs" if torch.cuda.is_available() else "default"
-        build = partial(own_train_step, compile=how)
-        found.append(Contender(provider=OWN_COMPILED, variant=dtype, dtype=dtype, build=build))
+        on_gpu = torch.cuda.is_available()  # where it is launches that compiling can save
+        build = partial(own_train_step, compile="graphs" if on_gpu else "default")
+        found.append(Contender(provider=OWN_COMPILED, variant=dtype, dtype=dtype, build=build, by_default=on_gpu))
     # torch.compile chooses the layout of convolutions itself: from contiguous images it took 0.98 to 1.06 times as long
     # on two EPYC cores, where compiling took minutes.
     for provider, layouts in ((BASELINE, tuple(LAYOUTS)), (COMPILE, ("channels_last",))):

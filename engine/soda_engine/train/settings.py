@@ -19,8 +19,8 @@ CONFIG_NAME = "config.json"
 # `data` may have moved; that it still holds as many images is checked by the trainer.
 _FREE_FIELDS = {
     "data", "out", "total_images", "max_minutes", "device", "threads", "precision", "channels_last", "kernels",
-    "checkpoint_activations", "compile", "max_bad_steps", "tensorboard", "profile", "dry_run", "cadence", "dataset.workers",
-    "dataset.memory_mib",
+    "checkpoint_activations", "compile", "max_bad_steps", "tensorboard", "profile", "dry_run", "cadence",
+    "dataset.workers", "dataset.memory_mib",
 }  # fmt: skip
 
 
