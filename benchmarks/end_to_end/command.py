@@ -37,7 +37,8 @@ def run_end_to_end(options: argparse.Namespace, device: torch.device, dtype: str
         raise ValueError(f"--dtype is {dtype}; the suite {SUITE} has {' and '.join(DTYPES)}")
 
     def chosen(op: str, dtype: str) -> list[Contender]:
-        return [way for way in contenders(op, dtype) if options.providers is None or way.provider in options.providers]
+        ways, names = contenders(op, dtype), options.providers
+        return [way for way in ways if (way.by_default if names is None else way.provider in names)]
 
     cases = choose_cases(options.cases, device.type)
     wanted = []

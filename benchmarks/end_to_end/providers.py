@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +18,10 @@ from benchmarks.end_to_end.problems import LAYOUTS, EndToEndProblem, flat
 from benchmarks.providers import BASELINE, OURS, compiled
 from benchmarks.steps import Step
 from soda_engine.models.soda import Soda, load_weights, save_weights
+from soda_engine.train.compiling import Compile
 from soda_engine.train.trainer import Trainer
 
-COMPILE = "compile"
+COMPILE, OWN_COMPILED = "compile", "ours-compiled"
 _COMPILED_TIMES_TORCH = 10.0
 PARTS = ("denoiser", "encoder")
 RESULTS = {
@@ -51,11 +53,13 @@ class Contender:
     variant: str
     dtype: str
     build: Callable[[EndToEndProblem], Built]
+    by_default: bool = True
+    """Whether it runs where nobody names providers."""
 
     @property
     def most_times_torch(self) -> float:
         """How many times the error of PyTorch's eager path its results may have; torch.compile's sums are others."""
-        return _COMPILED_TIMES_TORCH if self.provider == COMPILE else MOST_TIMES_TORCH
+        return _COMPILED_TIMES_TORCH if self.provider in (COMPILE, OWN_COMPILED) else MOST_TIMES_TORCH
 
     @property
     def name(self) -> str:
@@ -63,10 +67,11 @@ class Contender:
         return f"{self.provider}-{self.variant}"
 
 
-def own_train_step(problem: EndToEndProblem) -> Built:
+def own_train_step(problem: EndToEndProblem, *, compile: Compile = "none") -> Built:
     """The engine's trainer as `soda-engine train` runs it; on a CPU, where that is free, it reads each step's loss."""
-    out = str(problem.folder / f"run-{problem.dtype}")
-    trainer = Trainer(problem.case.run_config(out, problem.device.type, problem.dtype))
+    out = str(problem.folder / f"run-{problem.dtype}-{compile}")
+    config = problem.case.run_config(out, problem.device.type, problem.dtype)
+    trainer = Trainer(dataclasses.replace(config, compile=compile))
     batch, progress = problem.batch, trainer.progress
 
     def call() -> None:
@@ -85,7 +90,7 @@ def own_train_step(problem: EndToEndProblem) -> Built:
         loss = torch.tensor(trainer.read()["loss"])
         return _moves(problem, trainer.optimizer, trainer.model, trainer.ema.model, loss)
 
-    return Built(call=call, observe=observe)
+    return Built(call=call, observe=observe, config={} if compile == "none" else {"compile": compile})
 
 
 def plain_train_step(
@@ -226,6 +231,10 @@ def contenders(op: str, dtype: str) -> list[Contender]:
     """List who runs an op; in fp32 also this engine's training step in bf16, its default where there is bf16."""
     own_dtypes = (dtype, "bf16") if op == "train_step" and dtype == "fp32" else (dtype,)
     found = [Contender(provider=OURS, variant=own, dtype=own, build=_OWN[op]) for own in own_dtypes]
+    if op == "train_step":
+        on_gpu = torch.cuda.is_available()  # where it is launches that compiling can save
+        build = partial(own_train_step, compile="graphs" if on_gpu else "default")
+        found.append(Contender(provider=OWN_COMPILED, variant=dtype, dtype=dtype, build=build, by_default=on_gpu))
     # torch.compile chooses the layout of convolutions itself: from contiguous images it took 0.98 to 1.06 times as long
     # on two EPYC cores, where compiling took minutes.
     for provider, layouts in ((BASELINE, tuple(LAYOUTS)), (COMPILE, ("channels_last",))):

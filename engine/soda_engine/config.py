@@ -226,6 +226,9 @@ class TrainConfig:
     checkpoint_activations: Literal["none", "norms", "blocks"] = "none"
     """What the denoiser's backward computes again instead of keeping it: norms' results, or all but the inputs of
     blocks. Less memory, more time, the same results to the bit."""
+    compile: Literal["none", "default", "graphs"] = "none"
+    """Compile the model with torch.compile, which takes minutes at the start; graphs: as CUDA graphs too, which need a
+    GPU and one backward pass a step. The kernels stay the same."""
     max_bad_steps: int = 5
     """Steps in a row with a NaN or infinite loss after which the run stops; such steps are skipped and counted."""
     tensorboard: bool = True

@@ -38,7 +38,7 @@ def chosen(op: str, dtype: str) -> list[Contender]:
     if op == "train_step":
         wrong["unclipped"] = without_clip
     return [
-        *(way for way in contenders(op, dtype) if way.provider != COMPILE),
+        *(way for way in contenders(op, dtype) if way.provider != COMPILE and way.by_default),
         *(Contender(provider=name, variant="", dtype=dtype, build=build) for name, build in wrong.items()),
     ]
 

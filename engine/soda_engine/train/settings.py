@@ -19,8 +19,8 @@ CONFIG_NAME = "config.json"
 # `data` may have moved; that it still holds as many images is checked by the trainer.
 _FREE_FIELDS = {
     "data", "out", "total_images", "max_minutes", "device", "threads", "precision", "channels_last", "kernels",
-    "checkpoint_activations", "max_bad_steps", "tensorboard", "profile", "dry_run", "cadence", "dataset.workers",
-    "dataset.memory_mib",
+    "checkpoint_activations", "compile", "max_bad_steps", "tensorboard", "profile", "dry_run", "cadence",
+    "dataset.workers", "dataset.memory_mib",
 }  # fmt: skip
 
 
@@ -35,6 +35,8 @@ def check_settings(config: TrainConfig, world_size: int) -> None:
         raise ValueError(f"batch_size is {config.batch_size}; it must be a positive multiple of {world_size} processes")
     if not 1 <= config.accumulate <= share:
         raise ValueError(f"accumulate is {config.accumulate}; it must be from 1 to the {share} images a process takes")
+    if config.compile == "graphs" and config.accumulate > 1:
+        raise ValueError(f"accumulate is {config.accumulate}; with compile graphs it must be 1")
     if config.threads is not None and config.threads < 1:
         raise ValueError(f"threads is {config.threads}; it must be positive")
     for name, channels in (

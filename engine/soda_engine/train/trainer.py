@@ -28,6 +28,7 @@ from soda_engine.train.checkpoint import (
     save_checkpoint,
     set_aside,
 )
+from soda_engine.train.compiling import begin_pass, compile_model
 from soda_engine.train.ema import Ema
 from soda_engine.train.interruption import noted_interruption
 from soda_engine.train.logging import RunLog
@@ -105,6 +106,7 @@ class Trainer:
         self._weights = [list(part.parameters()) for part in (self.model.encoder, self.model.denoiser)]
         self.progress = self._resume()
         self.ema.num_updates.fill_(self.progress.step - self.progress.skipped_steps)
+        compile_model(self.model, config.compile, processes.device)
         self.parallel = distributed.parallelize(self.model, processes)
         self.layout = layout
         # Shapes never change in training, so cuDNN may time its algorithms once.
@@ -280,9 +282,8 @@ class Trainer:
             sample_ids = part.sample_ids.to(device, non_blocking=True)
             with distributed.synchronizing(self.parallel, enabled=index == len(parts) - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                    losses = self.parallel(
-                        source, target, seed=config.seed, sample_ids=sample_ids, step=self.progress.step
-                    )
+                    seed, step = begin_pass(config.seed, self.progress.step, config.compile, device)
+                    losses = self.parallel(source, target, seed=seed, sample_ids=sample_ids, step=step)
                 loss = losses.sum() * scale
                 with span("backward"):
                     loss.backward()
