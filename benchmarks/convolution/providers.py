@@ -27,5 +27,7 @@ def _is_pytorchs(problem: Problem) -> str | None:
 CONVOLUTION_PROVIDERS = (
     Provider(name=OURS, build=lambda: conv3x3, unavailable=_is_pytorchs),
     Provider(name=BASELINE, build=lambda: eager_convolution),
-    Provider(name="compile", build=lambda: compiled(eager_convolution), compiled=True),
+    # PyTorch's own error too: Inductor takes nchw to channels_last, where that of oneDNN's gradient of x is 1.3 to 3.84
+    # times as large (EPYC with AVX2, the models' cases).
+    Provider(name="compile", build=lambda: compiled(eager_convolution), compiled=True, most_times_torch=10.0),
 )
