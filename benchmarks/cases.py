@@ -12,8 +12,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 MEASURED_SETS = ("cifar", "soda-64", "soda-128", "sd15", "lengths")
 """What the traffic table shows and the tuner tunes unless asked for others; of each family the sets that it has."""
-CPU_SETS = ("cifar", "soda-64")
-"""What a suite times unless asked for others."""
+CPU_SETS = ("cifar", "cifar-small", "soda-64")
+"""What a suite times unless asked for others; of each family the sets that it has."""
 
 
 class ShapeSet(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from benchmarks.attention import plans as attention_plans
 from benchmarks.attention import problems as attention_problems
 from benchmarks.attention import providers as attention_providers
 from benchmarks.cases import ShapeSet
+from benchmarks.convolution import cases as convolution_cases
+from benchmarks.convolution import problems as convolution_problems
+from benchmarks.convolution import providers as convolution_providers
 from benchmarks.diffusion import cases as diffusion_cases
 from benchmarks.diffusion import metering as diffusion_metering
 from benchmarks.diffusion import plans as diffusion_plans
@@ -26,7 +29,7 @@ from benchmarks.group_norm import problems as norm_problems
 from benchmarks.group_norm import providers as norm_providers
 from benchmarks.providers import Provider
 from benchmarks.steps import Forward, Problem, Step
-from soda_kernels import modulated_group_norm
+from soda_kernels import conv3x3, modulated_group_norm
 from soda_kernels.attention import config as attention_config
 from soda_kernels.diffusion import config as diffusion_config
 from soda_kernels.group_norm import config as norm_config
@@ -34,17 +37,15 @@ from soda_kernels.group_norm import config as norm_config
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One op, or a few that go together: cases, what is counted of them, who computes them, how kernels are run."""
+    """One op, or a few that go together, as the command `run` sees it: cases, what is counted of them, who computes."""
 
     name: str
-    """Of its kernels and of their table of tuned configs."""
     suite: str
     shapes: Mapping[str, ShapeSet]
     layouts: tuple[str, ...]
     list_cases: Callable[..., list[Any]]
-    """Those that `traffic` counts and `tune` tunes."""
-    list_timed_cases: Callable[..., list[Any]]
-    """Those that `run` times."""
+    list_timed_cases: Callable[..., list[Any]] | None = None
+    """Those that `run` times, where they are others than `traffic` counts and `tune` tunes."""
     problem: Callable[..., Problem]
     """Draws the tensors of a case on a device."""
     floor_bytes: Callable[[Any, str], int]
@@ -54,15 +55,6 @@ class Family:
     plain: Forward
     """PyTorch's own chain, whose error is the measure of everyone's."""
     providers: tuple[Provider, ...]
-    plan: Callable[..., Any]
-    """Plans the launches of a problem, by a given config or the one that would run."""
-    step: Callable[[Any, str, Any], Step]
-    """Returns the call that runs one config on a problem."""
-    metered_bytes: Callable[[Any, str, Any], Any]
-    describe: Callable[[Any, str], Any]
-    """Says what the choice of a config sees of a problem, or None where there is no choice."""
-    candidates: Callable[[Any], Iterator[Any]]
-    heuristic: Callable[[Any, int], Any]
     complaints: Callable[[Any, str, Sequence[Tensor]], list[str]] = lambda *_: []
     """Says what is wrong with results of a mode that depend on noise which only who computed them knows."""
 
@@ -72,17 +64,34 @@ class Family:
     ) -> list[Any]:  # fmt: skip
         """List the cases of those shape sets and layouts that it has, or of what is timed."""
         sets = [name for name in shape_sets if name in self.shapes]
-        list_cases = self.list_timed_cases if timed else self.list_cases
+        list_cases = (timed and self.list_timed_cases) or self.list_cases
         return list_cases(sets, [each for each in layouts if each in self.layouts], dtype, on_cpu=on_cpu)
 
 
-GROUP_NORM = Family(
+@dataclass(frozen=True, kw_only=True)
+class TritonFamily(Family):
+    """A family with Triton kernels, as `traffic` and `tune` see it: how those are run.
+
+    Its table of tuned configs has its name.
+    """
+
+    plan: Callable[..., Any]
+    """Plans the launches of a problem, by a given config or the one that would run."""
+    step: Callable[[Any, str, Any], Step]
+    """Returns the call that runs one config on a problem."""
+    metered_bytes: Callable[[Any, str, Any], Any]
+    describe: Callable[[Any, str], Any]
+    """Says what the choice of a config sees of a problem, or None where there is no choice."""
+    candidates: Callable[[Any], Iterator[Any]]
+    heuristic: Callable[[Any, int], Any]
+
+
+GROUP_NORM = TritonFamily(
     name="group_norm",
     suite="norm",
     shapes=norm_cases.NORM_SHAPES,
     layouts=norm_cases.LAYOUTS,
     list_cases=norm_cases.norm_cases,
-    list_timed_cases=norm_cases.norm_cases,
     problem=norm_problems.norm_problem,
     floor_bytes=norm_cases.norm_floor_bytes,
     flops=norm_cases.norm_flops,
@@ -97,13 +106,12 @@ GROUP_NORM = Family(
     heuristic=norm_config.heuristic,
 )
 
-ATTENTION = Family(
+ATTENTION = TritonFamily(
     name="attention",
     suite="attention",
     shapes=attention_cases.ATTENTION_SHAPES,
     layouts=attention_cases.LAYOUTS,
     list_cases=attention_cases.attention_cases,
-    list_timed_cases=attention_cases.attention_cases,
     problem=attention_problems.attention_problem,
     floor_bytes=attention_cases.attention_floor_bytes,
     flops=attention_cases.attention_flops,
@@ -118,7 +126,7 @@ ATTENTION = Family(
     heuristic=attention_config.heuristic,
 )
 
-DIFFUSION = Family(
+DIFFUSION = TritonFamily(
     name="diffusion",
     suite="diffusion",
     shapes=diffusion_cases.DIFFUSION_SHAPES,
@@ -140,12 +148,34 @@ DIFFUSION = Family(
     complaints=diffusion_providers.complaints,
 )
 
-FAMILIES = {family.name: family for family in (GROUP_NORM, ATTENTION, DIFFUSION)}
-SUITES = {family.suite: family for family in FAMILIES.values()}
+CONVOLUTION = Family(
+    name="convolution",
+    suite="conv",
+    shapes=convolution_cases.CONVOLUTION_SHAPES,
+    layouts=convolution_cases.LAYOUTS,
+    list_cases=convolution_cases.convolution_cases,
+    problem=convolution_problems.convolution_problem,
+    floor_bytes=convolution_cases.convolution_floor_bytes,
+    flops=convolution_cases.convolution_flops,
+    own=conv3x3,
+    plain=convolution_providers.eager_convolution,
+    providers=convolution_providers.CONVOLUTION_PROVIDERS,
+)
+
+TRITON_FAMILIES = {family.name: family for family in (GROUP_NORM, ATTENTION, DIFFUSION)}
+SUITES: dict[str, Family] = {family.suite: family for family in (*TRITON_FAMILIES.values(), CONVOLUTION)}
 LOOPS = "sampling"
 """The suite of whole sampling loops, which are no family: benchmarks/diffusion/loop.py."""
-SHAPE_SETS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.shapes))
-LAYOUTS = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.layouts))
+
+
+def shape_sets_of(families: Collection[Family]) -> tuple[str, ...]:
+    """Name the shape sets that some of these families have."""
+    return tuple(dict.fromkeys(name for family in families for name in family.shapes))
+
+
+def layouts_of(families: Collection[Family]) -> tuple[str, ...]:
+    """Name the layouts that some of these families have."""
+    return tuple(dict.fromkeys(name for family in families for name in family.layouts))
 
 
 def choose_cases(
@@ -163,10 +193,7 @@ def choose_cases(
         ValueError: what was asked for is of none of these families, or there is no case of it.
     """
     names = " or ".join(family.name for family in families)
-    sets_there, layouts_there = (
-        list(dict.fromkeys(name for family in families for name in getattr(family, kind)))
-        for kind in ("shapes", "layouts")
-    )
+    sets_there, layouts_there = shape_sets_of(families), layouts_of(families)
     for kind, asked, there in (("shape set", shape_sets, sets_there), ("layout", layouts, layouts_there)):
         for name in asked or ():
             if name not in there:

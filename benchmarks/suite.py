@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import timers
 from benchmarks.accuracy import Check, check_step
-from benchmarks.families import Family
+from benchmarks.families import Family, TritonFamily
 from benchmarks.profiles import longest_kernel, write_trace
 from benchmarks.providers import BASELINE, OURS, Provider, Refused
 from benchmarks.records import describe_ceilings, describe_config, describe_environment, new_row
@@ -155,7 +155,7 @@ def _measure(
         row["bound"] = ceilings.bound(row["bytes_min"], row["flops"])
         if entry.check is not None:
             row["check"] = entry.check.to_dict()
-        if name == OURS:
+        if name == OURS and entry.status != "unavailable":
             row["variant"], row["config"], row["launches"] = _choice(family, mode, problem)
         if entry.forward is not None and entry.step is not None:
             if entry.names_kernel:
@@ -279,6 +279,7 @@ def _choice(family: Family, mode: str, problem: Problem) -> tuple[str, dict[str,
     choice = explain(problem.call, family.own).choices[0]
     if choice.backend != "triton":
         return choice.backend, choice.config, None
+    assert isinstance(family, TritonFamily)
     plans = [family.plan(problem, part) for part in ("fwd", "bwd") if part in mode]
     variant, config = describe_config(plans[0].config)
     return variant, config, sum(len(plan.launches) for plan in plans)

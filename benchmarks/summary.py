@@ -54,7 +54,8 @@ def _layout_table(layout: str, timer: str, rows: Sequence[Row], rivals: Sequence
             means.append(f"{geometric_mean(known):.2f}x" if known else "-")
         lines.append([f"geometric mean, {mode}", "", "", *("" for _ in rivals), *means, "", "", ""])
     dtype, variants = rows[0]["case"]["dtype"], sorted({row["variant"] for row in rows if row["variant"]})
-    title = f"{rows[0]['op']}, {dtype}, {layout}, timer {timer}, median us of a call; ours is {', '.join(variants)}"
+    ours = ", ".join(variants) or "not there"
+    title = f"{rows[0]['op']}, {dtype}, {layout}, timer {timer}, median us of a call; ours is {ours}"
     header = ["case", "mode", OURS, *rivals, *(f"vs {rival}" for rival in rivals), "A/A", "saved MiB", "eager's"]
     return f"{title}\n{table(header, lines)}"
 

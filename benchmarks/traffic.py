@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.families import Family
+from benchmarks.families import TritonFamily
 from benchmarks.metering import hurried_interpreter
 from benchmarks.records import describe_config, describe_environment
 from benchmarks.roofline import H200, occupancy
@@ -28,7 +28,7 @@ PREDICTION = "H200 at max(bytes_dram / 4.3 TB/s, flops / 790 TFLOP/s): a predict
 class _Planned:
     """A case and mode with its launches at the full batch."""
 
-    family: Family
+    family: TritonFamily
     case: Any
     mode: str
     plan: Any
@@ -40,7 +40,7 @@ class _Planned:
 
 
 def traffic_rows(
-    cases: Sequence[tuple[Family, Any]], modes: Sequence[str], archs: Sequence[str]
+    cases: Sequence[tuple[TritonFamily, Any]], modes: Sequence[str], archs: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every case and mode.
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import timers
-from benchmarks.families import Family
+from benchmarks.families import TritonFamily
 from benchmarks.records import describe_environment
 from benchmarks.steps import Problem, Step
 from benchmarks.tune_log import Log
@@ -50,7 +50,7 @@ def made_up(config: Any, _steps: Sequence[Step]) -> float:
 
 
 def tune_family(
-    family: Family, cases: Sequence[Any], device: torch.device, *, measure: Measure = measure_on_gpu,
+    family: TritonFamily, cases: Sequence[Any], device: torch.device, *, measure: Measure = measure_on_gpu,
     save: Save = _tuning.save_table, log: Log | None = None,
 ) -> Iterator[str]:  # fmt: skip
     """Time every candidate of every case, forward and backward, saving each winner at once, and yield what was found.
@@ -88,7 +88,7 @@ def tune_family(
 
 
 def _times(
-    family: Family, case: Any, mode: str, device: torch.device, described: Any,
+    family: TritonFamily, case: Any, mode: str, device: torch.device, described: Any,
     time: Callable[[Any, Callable[[], Sequence[Step]]], float | str],
 ) -> tuple[dict[Any, float], list[str]]:  # fmt: skip
     """Return the time of each candidate that runs, and what the others said."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.families import FAMILIES, LAYOUTS, SHAPE_SETS
+from benchmarks.families import Family, layouts_of, shape_sets_of
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -30,9 +30,10 @@ def add_command(commands: Any, name: str, function: Command, text: str) -> argpa
 
 
 def add_case_arguments(
-    parser: argparse.ArgumentParser, usual: Sequence[str], others: Mapping[str, Sequence[str]] | None = None
-) -> None:
-    """Add the choice among the families' cases.
+    parser: argparse.ArgumentParser, families: Collection[Family], usual: Sequence[str],
+    others: Mapping[str, Sequence[str]] | None = None,
+) -> None:  # fmt: skip
+    """Add the choice among some families' cases.
 
     Args:
         usual: shape sets where none are named.
@@ -40,16 +41,16 @@ def add_case_arguments(
     """
     others = others or {}
     shapes, layouts = (
-        "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in FAMILIES.values())
+        "; ".join(f"{family.name} has {', '.join(getattr(family, kind))}" for family in families)
         for kind in ("shapes", "layouts")
     )
     shapes = "; ".join((shapes, *(f"{name} has {', '.join(cases)}" for name, cases in others.items())))
-    accepted = (*SHAPE_SETS, *(case for cases in others.values() for case in cases))
+    accepted = (*shape_sets_of(families), *(case for cases in others.values() for case in cases))
     parser.add_argument(
         "--cases", type=names("shape set", accepted), metavar="SETS",
         help=f"shape sets with commas between: {shapes}; {','.join(usual)} if not given",
     )  # fmt: skip
-    parser.add_argument("--layouts", type=names("layout", LAYOUTS), metavar="LAYOUTS",
+    parser.add_argument("--layouts", type=names("layout", layouts_of(families)), metavar="LAYOUTS",
                         help=f"{layouts}; all if not given")  # fmt: skip
 
 

@@ -27,12 +27,12 @@ PROVIDERS = tuple(dict.fromkeys(each.name for family in SUITES.values() for each
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "run", run, "Time a suite: every provider, checked first, in turn with the others.")
-    add_case_arguments(parser, CPU_SETS, {END_TO_END: CASE_NAMES})
+    add_case_arguments(parser, SUITES.values(), CPU_SETS, {END_TO_END: CASE_NAMES})
     parser.add_argument("--suite", type=names("suite", ALL_SUITES), default=("norm",), metavar="SUITES",
                         help="norm: modulated group norm; attention; diffusion: noising and loss, sampler steps; "
-                             "sampling: whole loops, graphed and not; e2e: training steps, sampling and encoding; with "
-                             "commas between, one after the other, each with those of --cases, --layouts and "
-                             "--providers that it has; norm if not given")  # fmt: skip
+                             "conv: 3x3 convolutions, on a CPU; sampling: whole loops, graphed and not; e2e: training "
+                             "steps, sampling and encoding; with commas between, one after the other, each with those "
+                             "of --cases, --layouts and --providers that it has; norm if not given")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="%(default)s if not given; on a CPU batches are cut down")  # fmt: skip
     parser.add_argument("--modes", type=names("mode", MODES), default=MODES, metavar="MODES",

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.cases import DTYPES, MEASURED_SETS
 from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
-from benchmarks.families import FAMILIES, choose_cases
+from benchmarks.families import TRITON_FAMILIES, choose_cases
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -23,9 +23,10 @@ def add_parser(commands: Any) -> None:
         "Print the bytes that each kernel moves over the least it could, metered in Triton's interpreter, and what it "
         "compiles to; needs no GPU.",
     )  # fmt: skip
-    add_case_arguments(parser, MEASURED_SETS)
-    parser.add_argument("--family", type=names("family", FAMILIES), default=tuple(FAMILIES), metavar="FAMILIES",
-                        help=f"of {', '.join(FAMILIES)}; all if not given")  # fmt: skip
+    add_case_arguments(parser, TRITON_FAMILIES.values(), MEASURED_SETS)
+    parser.add_argument("--family", type=names("family with Triton kernels", TRITON_FAMILIES),
+                        default=tuple(TRITON_FAMILIES), metavar="FAMILIES",
+                        help=f"of {', '.join(TRITON_FAMILIES)}; all if not given")  # fmt: skip
     parser.add_argument("--modes", type=names("mode", ("fwd", "bwd")), default=("fwd", "bwd"), metavar="MODES",
                         help="of fwd, bwd; both if not given")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
@@ -45,9 +46,9 @@ def run(options: argparse.Namespace) -> int:
     from soda_engine.records import write_json
     from tests.harness.compilation import CompileError
 
-    families = [FAMILIES[name] for name in options.family]
+    families = [TRITON_FAMILIES[name] for name in options.family]
     chosen = choose_cases(families, options.cases, options.layouts, options.dtype, usual=MEASURED_SETS)
-    cases = [(FAMILIES[name], case) for name, cases in chosen.items() for case in cases]
+    cases = [(TRITON_FAMILIES[name], case) for name, cases in chosen.items() for case in cases]
     rows = []
     try:
         for row in traffic_rows(cases, options.modes, () if options.no_compile else options.arch):

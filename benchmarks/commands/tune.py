@@ -9,16 +9,17 @@ from typing import Any
 
 from benchmarks.cases import DTYPES, MEASURED_SETS
 from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
-from benchmarks.families import FAMILIES, choose_cases
+from benchmarks.families import TRITON_FAMILIES, choose_cases
 
 
 def add_parser(commands: Any) -> None:
     """Add the command's parser."""
     parser = add_command(commands, "tune", run, "Time the candidates for each launch config on this GPU and keep the "
                          "fastest in the package's table.")  # fmt: skip
-    add_case_arguments(parser, MEASURED_SETS)
-    parser.add_argument("--family", type=names("family", FAMILIES), default=("group_norm",), metavar="FAMILIES",
-                        help=f"of {', '.join(FAMILIES)}; group_norm if not given")  # fmt: skip
+    add_case_arguments(parser, TRITON_FAMILIES.values(), MEASURED_SETS)
+    parser.add_argument("--family", type=names("family with Triton kernels", TRITON_FAMILIES),
+                        default=("group_norm",), metavar="FAMILIES",
+                        help=f"of {', '.join(TRITON_FAMILIES)}; group_norm if not given")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
                         help="the activations'; %(default)s if not given")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH",
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     from benchmarks.tune_log import Log
     from soda_kernels import _tuning
 
-    families = [FAMILIES[name] for name in options.family]
+    families = [TRITON_FAMILIES[name] for name in options.family]
     chosen = choose_cases(families, options.cases, options.layouts, options.dtype, usual=MEASURED_SETS)
     if not options.rehearse and not torch.cuda.is_available():
         raise ValueError("tune times kernels on a GPU, and PyTorch finds no CUDA device")

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.commands.run import ALL_SUITES
 from benchmarks.end_to_end.cases import SUITE as END_TO_END
-from benchmarks.families import FAMILIES
+from benchmarks.families import LOOPS, TRITON_FAMILIES
 
 STAGES = ("tests", "tune", "suites", "e2e", "train")
-KERNEL_SUITES = tuple(suite for suite in ALL_SUITES if suite != END_TO_END)
+KERNEL_SUITES = (*(family.suite for family in TRITON_FAMILIES.values()), LOOPS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,8 @@ def _tuning(places: Places) -> Part:
     return Part(
         name="tune", stage="tune", done=(0,),
         arguments=(
-            "-m", "benchmarks", "tune", "--family", ",".join(FAMILIES), "--json", str(places.file("tune")), "--resume",
+            "-m", "benchmarks", "tune", "--family", ",".join(TRITON_FAMILIES), "--json", str(places.file("tune")),
+            "--resume",
         ),
     )  # fmt: skip
 

@@ -198,11 +198,18 @@ def not_timed(rows: Sequence[Row]) -> list[str]:
     counts = Counter((row["provider"], row["status"], row["reason"]) for row in rows if row["status"] != "ok")
     lines = []
     for (provider, status, reason), count in counts.items():
-        total = sum(row["provider"] == provider for row in rows)
-        line = f"{provider}, {status} in {count} of {total} rows: {reason or 'no reason given'}"
-        if count < total:
-            these = (provider, status, reason)
-            where = (name_of(row) for row in rows if (row["provider"], row["status"], row["reason"]) == these)
-            line += f" ({'; '.join(where)})"
+        of_provider = [row for row in rows if row["provider"] == provider]
+        line = f"{provider}, {status} in {count} of {len(of_provider)} rows: {reason or 'no reason given'}"
+        if count < len(of_provider):
+            these = [row for row in of_provider if (row["status"], row["reason"]) == (status, reason)]
+            line += f" ({_where(these, of_provider)})"
         lines.append(line)
     return lines
+
+
+def _where(some: Sequence[Row], rows: Sequence[Row]) -> str:
+    """Name some of a provider's rows: by their layouts if they are all that those have, else one by one."""
+    layouts = list(dict.fromkeys(row["case"].get("layout") for row in some))
+    if all(layouts) and len(some) == sum(row["case"].get("layout") in layouts for row in rows):
+        return f"all in {', '.join(layouts)}"
+    return "; ".join(map(name_of, some))

@@ -22,7 +22,7 @@ from benchmarks.cases import DTYPES
 from benchmarks.diffusion.cases import METERED_CALLS, diffusion_floor_bytes, diffusion_flops
 from benchmarks.diffusion.plans import diffusion_plan
 from benchmarks.diffusion.problems import diffusion_problem
-from benchmarks.families import DIFFUSION, FAMILIES, Family, choose_cases
+from benchmarks.families import DIFFUSION, SUITES, TRITON_FAMILIES, Family, choose_cases
 from benchmarks.group_norm.cases import LAYOUTS, NORM_SHAPES, NormCase, NormShape, norm_cases, norm_floor_bytes
 from benchmarks.group_norm.plans import norm_plan
 from benchmarks.group_norm.problems import norm_problem
@@ -34,7 +34,7 @@ CROSS = AttentionCase(shape_set="t", shape=AttentionShape(2, 16, 3, 8, keys=5), 
 
 
 @pytest.mark.parametrize("on_cpu", [False, True], ids=["full", "cpu"])
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", SUITES.values(), ids=lambda family: family.name)
 def test_every_case_has_a_name_of_its_own(family: Family, on_cpu: bool) -> None:
     cases = family.cases(list(family.shapes), family.layouts, "bf16", on_cpu=on_cpu)
     counts = Counter((case.id, case.layout) for case in cases)
@@ -188,7 +188,7 @@ def test_attention_of_a_models_shapes_has_its_heads() -> None:
 
 
 def test_cases_are_of_the_sets_and_layouts_that_a_family_has() -> None:
-    families, usual = list(FAMILIES.values()), ("cifar", "lengths")
+    families, usual = list(TRITON_FAMILIES.values()), ("cifar", "lengths")
     chosen = choose_cases(families, None, ("nchw", "packed"), "bf16", usual=usual)
     found = {name: {(case.shape_set, case.layout) for case in cases} for name, cases in chosen.items()}
     assert found == {
@@ -207,12 +207,12 @@ def test_cases_are_of_the_sets_and_layouts_that_a_family_has() -> None:
     [
         (["attention"], ("cifar", "vae-decode"), None, "vae-decode is no shape set of attention, which has lengths, c"),
         (["group_norm"], None, ("nhwc", "packed"), "packed is no layout of group_norm, which has nchw, nhwc$"),
-        (list(FAMILIES), ("vae-decode",), ("packed",), "or diffusion has no case of vae-decode in packed"),
+        (list(TRITON_FAMILIES), ("vae-decode",), ("packed",), "or diffusion has no case of vae-decode in packed"),
     ],
 )  # fmt: skip
 def test_what_no_family_has_is_said(names: list[str], shape_sets: Any, layouts: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        choose_cases([FAMILIES[name] for name in names], shape_sets, layouts, "bf16", usual=("cifar",))
+        choose_cases([TRITON_FAMILIES[name] for name in names], shape_sets, layouts, "bf16", usual=("cifar",))
 
 
 def test_batches_are_cut_down_for_a_cpu() -> None:

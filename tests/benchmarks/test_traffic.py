@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cases import MEASURED_SETS
-from benchmarks.families import FAMILIES, Family
+from benchmarks.families import TRITON_FAMILIES, TritonFamily
 from benchmarks.records import describe_config
 from benchmarks.suite import case_modes
 from benchmarks.traffic import _worst
@@ -26,8 +26,8 @@ def stored_rows(ops: set[str]) -> list[dict[str, Any]]:
     raise AssertionError(f"no traffic of {ops} is stored")
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
-def test_the_stored_traffic_is_of_the_configs_that_run(family: Family) -> None:
+@pytest.mark.parametrize("family", TRITON_FAMILIES.values(), ids=lambda family: family.name)
+def test_the_stored_traffic_is_of_the_configs_that_run(family: TritonFamily) -> None:
     cases = {(case.id, case.layout): case for case in family.cases(MEASURED_SETS, family.layouts, "bf16")}
     rows = stored_rows({case.op for case in cases.values()})
     assert len(rows) == sum(len(case_modes(case, ("fwd", "bwd"))) for case in cases.values())

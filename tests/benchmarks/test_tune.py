@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.families import ATTENTION, FAMILIES, Family
+from benchmarks.families import ATTENTION, TRITON_FAMILIES, TritonFamily
 from benchmarks.steps import Step
 from benchmarks.tune import Measure, measure_on_gpu, tune_family
 from soda_kernels.attention import reference, sdpa
@@ -26,10 +26,10 @@ BEST: dict[str, dict[str, Any]] = {
 }
 # In all layouts, and in the last one. What draws no noise is one problem in both layouts of diffusion.
 PROBLEMS_OF = {"group_norm": (4, 2), "attention": (4, 2), "diffusion": (36, 22)}
-both = pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+both = pytest.mark.parametrize("family", TRITON_FAMILIES.values(), ids=lambda family: family.name)
 
 
-def run(family: Family, measure: Measure) -> tuple[list[str], Saved]:
+def run(family: TritonFamily, measure: Measure) -> tuple[list[str], Saved]:
     """Tune the tiny cases: what is printed, and what is saved."""
     saved: Saved = []
 
@@ -49,7 +49,7 @@ def made_up(config: Any, steps: Sequence[Step]) -> float:
 
 
 @both
-def test_the_fastest_is_saved_for_each_problem_at_once(family: Family) -> None:
+def test_the_fastest_is_saved_for_each_problem_at_once(family: TritonFamily) -> None:
     lines, saved = run(family, made_up)
     assert len(lines) == len(saved) == PROBLEMS_OF[family.name][0]
     keys = [key for _, _, configs, _ in saved for key in configs]
@@ -63,7 +63,7 @@ def test_the_fastest_is_saved_for_each_problem_at_once(family: Family) -> None:
 
 
 @both
-def test_a_candidate_that_does_not_run_is_counted_and_said(family: Family) -> None:
+def test_a_candidate_that_does_not_run_is_counted_and_said(family: TritonFamily) -> None:
     def measure(config: Any, steps: Sequence[Step]) -> float:
         if not BEST[family.name].items() <= vars(config).items():
             raise RuntimeError("out of resource: shared memory")
@@ -75,7 +75,7 @@ def test_a_candidate_that_does_not_run_is_counted_and_said(family: Family) -> No
 
 
 @both
-def test_nothing_is_saved_where_nothing_ran(family: Family) -> None:
+def test_nothing_is_saved_where_nothing_ran(family: TritonFamily) -> None:
     def measure(_config: Any, _steps: Sequence[Step]) -> float:
         raise RuntimeError("no device")
 
@@ -86,7 +86,7 @@ def test_nothing_is_saved_where_nothing_ran(family: Family) -> None:
 
 
 @both
-def test_a_step_runs_the_config_on_the_problem(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_runs_the_config_on_the_problem(family: TritonFamily, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = (family.problem(case, "cpu") for case in family.cases(["tiny"], family.layouts, "fp32"))
     problem = next(each for each in problems if family.describe(each, "fwd") is not None)
     described = family.describe(problem, "fwd")
@@ -166,7 +166,7 @@ def is_valid(config: AttentionConfig, problem: Problem) -> bool:
 
 @pytest.mark.gpu
 @both
-def test_a_gpu_is_tuned(family: Family) -> None:
+def test_a_gpu_is_tuned(family: TritonFamily) -> None:
     keys: list[str] = []
 
     def save(_family: str, _arch: str, configs: dict[str, Any], _provenance: dict[str, Any]) -> Path:
