@@ -68,7 +68,7 @@ def test_wheel_declares_the_command(wheel: zipfile.ZipFile) -> None:
 def test_base_install_is_torch_numpy_and_triton(metadata: Message) -> None:
     base = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(text.partition(">=")[0] for text in base) == ["numpy", "torch", "triton"]
-    assert set(metadata.get_all("Provides-Extra", [])) == {"engine", "eval", "bench", "test", "all"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"engine", "eval", "bench", "diffusers", "test", "all"}
 
 
 def test_wheel_says_what_it_is(wheel: zipfile.ZipFile, metadata: Message) -> None:
