@@ -20,7 +20,7 @@ class Conv3x3(Fused):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         # Inside of torch.compile too, whose convolutions on a CPU are oneDNN's; a graph for a GPU has PyTorch's alone.
-        if x.is_cpu and x.ndim == 4 and runs_winograd(x, self.weight, self.bias):
+        if runs_winograd(x, self.weight, self.bias):
             return conv3x3(x, self.weight, self.bias)
         y: Tensor = self.plain_class.forward(self, x)
         return y
