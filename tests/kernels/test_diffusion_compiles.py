@@ -153,7 +153,8 @@ def test_losses_of_two_samples(arch: str) -> None:
     found = []
     for layout in LAYOUTS:
         images = Images((128, 3, 32, 32), layout)
-        found.append(images.loss("eps", images(), False))
+        scored = images(), images(), images.index, TABLE, TABLE, TABLE, *images.key, "eps"
+        found.append(triton_impl.plan_denoising_loss(*scored, False))
     assert all(plan.config.samples == 2 for plan in found)
     assert complaints(found, arch, 0) == []
 

@@ -16,7 +16,8 @@ from soda_kernels import _tuning
 # Elements of a tile at the most and at the least, and how many programs a multiprocessor has to have before tiles grow.
 # Fewer than 1024 would leave schedulers of a multiprocessor without a warp.
 _MOST, _LEAST = 8192, 1024
-# Of several channels where many registers are needed: larger ones spill (compiled for sm_90 and sm_100).
+# Of several channels where many registers are needed, and where moments from a launch before are merged: larger ones
+# spill (compiled for sm_90 and sm_100).
 _MOST_IN_MANY_REGISTERS = 4096
 _PROGRAMS = 0.75
 # Each program reads up to seven scalars in sectors of 32 bytes of their own, of what a tile of 1024 moves in bf16 up to
@@ -122,7 +123,7 @@ def heuristic(problem: Problem, num_multiprocessors: int = 132) -> TileConfig:
         whole = _whole_sample(problem) or _walk(problem, num_multiprocessors)
         if whole is not None:
             return whole
-    width, size = _width(problem), _most(problem)
+    width, size = _width(problem), _MOST_IN_MANY_REGISTERS if problem.whole else _most(problem)
     while size > _LEAST and _programs(problem, _tile_of(problem, size, width)) < _PROGRAMS * num_multiprocessors:
         if _share_of_scalars(problem, _tile_of(problem, size // 2, width)) > _MOST_OF_SCALARS:
             break
