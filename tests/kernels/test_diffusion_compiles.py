@@ -147,6 +147,18 @@ def test_tiles_of_every_width(arch: str) -> None:
     assert complaints(found, arch, 0) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_losses_of_two_samples(arch: str) -> None:
+    found = []
+    for layout in LAYOUTS:
+        images = Images((128, 3, 32, 32), layout)
+        scored = images(), images(), images.index, TABLE, TABLE, TABLE, *images.key, "eps"
+        found.append(triton_impl.plan_denoising_loss(*scored, False))
+    assert all(plan.config.samples == 2 for plan in found)
+    assert complaints(found, arch, 0) == []
+
+
 def test_the_schedule_has_what_the_kernels_read() -> None:
     schedule = NoiseSchedule.cosine(10)
     assert all(table.dtype == torch.float32 for table in (schedule.alpha, schedule.sigma, schedule.logsnr))
