@@ -37,4 +37,5 @@ class Conv1x1(nn.Conv2d):
             or not x.is_contiguous(memory_format=torch.channels_last)
         ):  # fmt: skip
             return super().forward(x)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        pixels = F.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1), self.bias)  # views, either way
+        return pixels.transpose(1, 2).unflatten(2, x.shape[2:])
