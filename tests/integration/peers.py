@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from tests.numerics import assert_accurate, assert_accurate_in_norm
 
+FEW_CHANNELS = "the native kernels take numbers of channels that are multiples of 8"
+"""Why convolutions from and to images are left."""
+
 _SMALL: dict[str, Any] = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
 _UNET: dict[str, Any] = {**_SMALL, "sample_size": 16, "attention_head_dim": 8}
 

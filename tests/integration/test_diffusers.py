@@ -14,9 +14,11 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.unets.unet_2d_blocks import KCrossAttnDownBlock2D
 from torch import Tensor, nn
 
+from soda_kernels.integrations.convolutions import Conv3x3
 from soda_kernels.integrations.diffusers import attention, optimize, restore
 from soda_kernels.integrations.replacement import Fused
 from tests.integration.peers import (
+    FEW_CHANNELS,
     PEERS,
     Steps,
     assert_same_training,
@@ -58,6 +60,10 @@ def output(model: nn.Module, **changes: Any) -> Tensor:
     return model(**arguments_of(model) | changes).sample.detach()
 
 
+def is_3x3(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and module.stride == (1, 1)
+
+
 def replaced_in(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Fused)]
 
@@ -73,12 +79,16 @@ def test_outputs_and_all_gradients(name: str, dtype: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_every_norm_and_attention_is_replaced(name: str) -> None:
+def test_every_norm_attention_and_convolution_is_replaced(name: str) -> None:
     model = copy.deepcopy(peer(name))
     norms = [each for each, module in model.named_modules() if isinstance(module, nn.GroupNorm)]
+    convolutions = {each for each, module in model.named_modules() if is_3x3(module)}
     attentions = [each for each, module in model.named_modules() if type(module).__name__ == "Attention"]
     report = optimize(model)
-    assert not report.left
+    # Images have three channels and latents four.
+    assert {each.rpartition(".")[2] for each in report.left} == {"conv_in", "conv_out"}
+    assert set(report.left.values()) == {FEW_CHANNELS}
+    assert set(report.replaced[Conv3x3.label]) == convolutions - set(report.left)
     assert {*norms, *attentions} <= set(replaced_in(model))
     assert sorted(replaced_in(model)) == sorted(sum(report.replaced.values(), []))
     assert f"{len(attentions)} attention: {attentions[0]}" in str(report)

@@ -31,11 +31,18 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
         return f"the native kernels take fp32, not {str(x.dtype).removeprefix('torch.')}"
     if image_memory_format(x) != torch.channels_last:
         return "the native kernels take images in channels_last"
-    if weight.shape[0] % _CHANNEL_MULTIPLE or weight.shape[1] % _CHANNEL_MULTIPLE or weight.numel() == 0:
-        return f"the native kernels take numbers of channels that are multiples of {_CHANNEL_MULTIPLE}"
+    if reason := unsupported_channels(weight.shape[1], weight.shape[0]):
+        return reason
     batch, _, height, width = x.shape
     if batch * ((height + 1) // 2) * ((width + 1) // 2) < _LEAST_TILES or height * width == 1:
         return "too few tiles of 2x2 pixels for their transforms to pay"
+    return None
+
+
+def unsupported_channels(channels: int, filters: int) -> str | None:
+    """Say why the native kernels cannot take any call with so many channels and filters, or None if they can."""
+    if channels % _CHANNEL_MULTIPLE or filters % _CHANNEL_MULTIPLE or not channels or not filters:
+        return f"the native kernels take numbers of channels that are multiples of {_CHANNEL_MULTIPLE}"
     return None
 
 

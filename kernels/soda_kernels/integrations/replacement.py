@@ -76,6 +76,7 @@ def own_forward(module: nn.Module) -> bool:
 
 
 OWN_FORWARD = "its forward was set on the instance, as accelerate's hooks do: optimize before that"
+NOTHING = "has no group norm and no 3x3 convolution that could be replaced"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from soda_kernels.integrations import norms
+from soda_kernels.integrations.convolutions import Conv3x3, replace_convolutions
 from soda_kernels.integrations.diffusers import attention, blocks
 from soda_kernels.integrations.diffusers.agreement import require_agreement, require_diffusers
 from soda_kernels.integrations.replacement import (
+    NOTHING,
     OWN_FORWARD,
     Fused,
     Report,
@@ -25,21 +27,22 @@ def optimize(model: Any) -> Report:
     """Replace, in place, what the kernels compute in a model of diffusers, or in every model of a pipeline.
 
     Replaced are residual blocks (norm, time embedding, SiLU and dropout in one op each), group norms, `AdaGroupNorm`,
-    attention that runs `AttnProcessor2_0` or `FusedAttnProcessor2_0`, and the norm and SiLU of the output head. Modules
-    get other classes and nothing else: parameters, their names and the state dict are as before, on every device, the
-    meta device too, before and after weights are loaded. A second call changes nothing.
+    attention that runs `AttnProcessor2_0` or `FusedAttnProcessor2_0`, the norm and SiLU of the output head, and 3x3
+    convolutions (which run another kernel on a CPU in fp32 and channels_last alone). Modules get other classes and
+    nothing else: parameters, their names and the state dict are as before, on every device, the meta device too, before
+    and after weights are loaded. A second call changes nothing.
 
     Args:
-        model: a `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL` or another model of diffusers with group norms;
-            also inside of another module, as `torch.compile` makes one; or a pipeline.
+        model: a `UNet2DModel`, `UNet2DConditionModel`, `AutoencoderKL` or another model of diffusers with group norms
+            or 3x3 convolutions; also inside of another module, as `torch.compile` makes one; or a pipeline.
 
     Returns:
         What is replaced and what is left, with reasons; print it.
 
     Raises:
         TypeError: it is neither.
-        ValueError: it has no group norm; or the installed diffusers is too old, or computes otherwise than is known
-            here, which is found out with three tiny models at the first call.
+        ValueError: there is nothing in it to replace; or the installed diffusers is too old, or computes otherwise than
+            is known here, which is found out with three tiny models at the first call.
         ImportError: diffusers is not installed.
     """
     require_diffusers()
@@ -47,14 +50,12 @@ def optimize(model: Any) -> Report:
     require_agreement(_replace_in)
     report = Report(class_name(model))
     for prefix, part in models.items():
-        if not any(norms.is_group_norm(module) or isinstance(module, Fused) for module in part.modules()):
-            report.left[prefix.rstrip(".")] = "it has no group norm"
-            continue
-        report.include(prefix, part, _replace_in(part))
-    if not report.replaced and len(report.left) == len(models) and "" in models:
-        raise ValueError(f"{report.model} has no group norm, so that there is nothing in it to replace")
+        known = report.num_replaced
+        report.include(prefix, part, _replace_in(part) if _has_norms(part) else replace_convolutions(part))
+        if report.num_replaced == known:
+            report.left[prefix.rstrip(".") or "the model itself"] = f"it {NOTHING}"
     if not report.replaced:
-        raise ValueError(f"{report.model} has no model with a group norm, so that there is nothing in it to replace")
+        raise ValueError(f"{report.model} {NOTHING}")
     return report
 
 
@@ -91,9 +92,17 @@ def _models(model: Any) -> dict[str, nn.Module]:
     raise TypeError(f"model is a {type(model).__name__}, neither a model of diffusers nor a pipeline; {where}")
 
 
+def _has_norms(model: nn.Module) -> bool:
+    """Tell whether a model has group norms, replaced or not."""
+    return any(
+        norms.is_group_norm(module) or (isinstance(module, Fused) and not isinstance(module, Conv3x3))
+        for module in model.modules()
+    )
+
+
 def _replace_in(model: nn.Module) -> dict[str, str]:
     """Replace what can be in one model, and return why the rest was left, by name."""
-    left: dict[str, str] = {}
+    left = replace_convolutions(model)
     plans = _plans()
     parts = dict(model.named_modules())
     for name, part in parts.items():

@@ -1,7 +1,7 @@
 """The kernels in any PyTorch model with group norms: `optimize(model)` and `restore(model)`.
 
-from soda_kernels.integrations.torch import optimize
-print(optimize(model))
+    from soda_kernels.integrations.torch import optimize
+    print(optimize(model))
 """
 
 from soda_kernels.integrations.replacement import Report

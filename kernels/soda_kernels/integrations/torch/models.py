@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 from soda_kernels.integrations import norms
+from soda_kernels.integrations.convolutions import Conv3x3, replace_convolutions
 from soda_kernels.integrations.replacement import (
+    NOTHING,
     OWN_FORWARD,
     Fused,
     Report,
@@ -25,10 +27,11 @@ def optimize(model: nn.Module) -> Report:
     """Replace, in place, the group norms of a model, with the modulations, SiLU and dropout that follow them.
 
     Replaced are group norms (PyTorch's, and classes with its attributes that compute the same), SiLUs of other classes,
-    each `nn.Sequential` in which a SiLU follows a group norm, and residual blocks of the guided-diffusion, EDM and
-    DiffAE kinds. A block is known by its attributes; it is replaced only where a copy of it, on a small input, gives
-    the same result both ways. Whatever else calls a group norm finds it to be one. Modules get other classes and
-    nothing else: parameters, their names and the state dict are as before. A second call changes nothing.
+    each `nn.Sequential` in which a SiLU follows a group norm, residual blocks of the guided-diffusion, EDM and DiffAE
+    kinds, and 3x3 convolutions (which run another kernel on a CPU in fp32 and channels_last alone). A block is known by
+    its attributes; it is replaced only where a copy of it, on a small input, gives the same result both ways. Whatever
+    else calls a group norm finds it to be one. Modules get other classes and nothing else: parameters, their names and
+    the state dict are as before. A second call changes nothing.
 
     Args:
         model: any module; its weights may be on the meta device.
@@ -38,10 +41,10 @@ def optimize(model: nn.Module) -> Report:
 
     Raises:
         TypeError: model is not an nn.Module.
-        ValueError: it has no group norm.
+        ValueError: there is nothing in it to replace.
     """
     _require_module(model)
-    left: dict[str, str] = {}
+    left = replace_convolutions(model)
     checked: dict[Any, str | None] = {}
     parts = dict(model.named_modules())
     for part in parts.values():
@@ -66,8 +69,8 @@ def optimize(model: nn.Module) -> Report:
             left[name] = reason
     report = Report(class_name(model))
     report.include("", model, left)
-    if not any(isinstance(part, norms.GroupNorm) for part in model.modules()) and not left:
-        raise ValueError(f"{report.model} has no group norm, so that there is nothing in it to replace")
+    if not any(isinstance(part, norms.GroupNorm | Conv3x3) for part in model.modules()) and not left:
+        raise ValueError(f"{report.model} {NOTHING}")
     return report
 
 
