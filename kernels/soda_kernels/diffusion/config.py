@@ -46,12 +46,12 @@ _MOST_OF_A_WHOLE_WITHOUT_NOISE = 16384
 #     the same with noise, channels_last              22.2, 37.9       6.7, 8.9
 #     32 samples of 16384 elements with noise          7.4,  9.9  by 4 3.0, 3.7
 #     one such sample                                  7.4,  9.9  by 8 2.2, 2.6
-# So one program takes a sample where that loses less than 10 us: up to so many elements by whether noise is drawn. Of
-# larger samples it does where a sample's elements times the share of multiprocessors that are idle in the last wave are
-# no more than the first number, which takes no longer than a launch before; else several do up to the last number.
+# Unmeasured, one program takes a sample of up to so many elements, for the least bytes and one launch, beside a denoiser
+# that takes milliseconds; `candidates` has the walks by several. Of larger samples it does where a sample's elements
+# times the share of multiprocessors that are idle in the last wave are no more than the first number, which takes no
+# longer than a launch before.
 _MOST_IDLE_ELEMENTS = 8192
-_MOST_ALONE = {False: 49152, True: 16384}
-_MOST_READ_AGAIN = 49152
+_MOST_ALONE = 49152
 _TILE_OF_A_PART = 2048
 
 
@@ -179,12 +179,10 @@ def _whole_sample(problem: Problem) -> TileConfig | None:
 
 
 def _walk(problem: Problem, num_multiprocessors: int) -> TileConfig | None:
-    """Return how programs walk over samples, or None where a launch before takes a good deal less time."""
+    """Return how programs walk over samples, or None where a launch before takes less time."""
     elements, waves = problem.positions * problem.channels, problem.batch / num_multiprocessors
-    if elements * (math.ceil(waves) - waves) <= _MOST_IDLE_ELEMENTS or elements <= _MOST_ALONE[problem.draws]:
-        return _walking(problem, 1)
-    walkers = _tuning.power_of_two(math.ceil(_PROGRAMS / waves))
-    return _walking(problem, walkers) if walkers > 1 and elements <= _MOST_READ_AGAIN else None
+    alone = elements <= _MOST_ALONE or elements * (math.ceil(waves) - waves) <= _MOST_IDLE_ELEMENTS
+    return _walking(problem, 1) if alone else None
 
 
 def _walking(problem: Problem, walkers: int) -> TileConfig:
