@@ -55,8 +55,9 @@ class Images:
         return self(), x0, self.index, TABLE, TABLE, TABLE if target == "v" else None, *self.key, target
 
     def step(
-        self, method: str, eta: float, target: str = "v", guidance_rescale: float = 0.0, config: TileConfig | None = None
-    ) -> Any:
+        self, method: str, eta: float, target: str = "v", guidance_rescale: float = 0.0,
+        config: TileConfig | None = None,
+    ) -> Any:  # fmt: skip
         """With guidance, clipping and for "dpmpp_2m" the step before."""
         second = method == "dpmpp_2m"
         return triton_impl.plan_sampler_step(

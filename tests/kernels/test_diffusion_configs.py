@@ -48,7 +48,7 @@ def test_a_tile_holds_a_whole_sample_where_that_is_wanted_and_can_be() -> None:
 
 
 def test_programs_that_walk_over_a_sample() -> None:
-    """One where that leaves little of the chip idle or loses little time, else as many as fill it, or a launch."""
+    """One of samples up to 49152 elements, and where that leaves little of the chip idle; else a launch before."""
 
     def walkers(batch: int, elements: int, draws: bool = True) -> int:
         return heuristic(problem(batch, elements, whole=True, draws=draws)).walkers

@@ -46,10 +46,10 @@ _MOST_OF_A_WHOLE_WITHOUT_NOISE = 16384
 #     the same with noise, channels_last              22.2, 37.9       6.7, 8.9
 #     32 samples of 16384 elements with noise          7.4,  9.9  by 4 3.0, 3.7
 #     one such sample                                  7.4,  9.9  by 8 2.2, 2.6
-# Unmeasured, one program takes a sample of up to so many elements, for the least bytes and one launch, beside a denoiser
-# that takes milliseconds; `candidates` has the walks by several. Of larger samples it does where a sample's elements
-# times the share of multiprocessors that are idle in the last wave are no more than the first number, which takes no
-# longer than a launch before.
+# Unmeasured, one program takes a sample of up to so many elements, for the least bytes and one launch, beside a
+# denoiser that takes milliseconds; `candidates` has the walks by several. Of larger samples it does where a sample's
+# elements times the share of multiprocessors that are idle in the last wave are no more than the first number, which
+# takes no longer than a launch before.
 _MOST_IDLE_ELEMENTS = 8192
 _MOST_ALONE = 49152
 _TILE_OF_A_PART = 2048
