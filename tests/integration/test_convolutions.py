@@ -199,15 +199,35 @@ def test_hooks_run_and_wrong_channels_are_refused() -> None:
             ours(x)
 
 
+@native
 @pytest.mark.slow
-def test_compiled_it_is_pytorchs() -> None:
-    plain, x = nn.Conv2d(8, 16, 3, padding=1), image(2, 8, 6, 6)
-    graphs: list[str] = []
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_compiled_it_is_the_same_one(layout: torch.memory_format) -> None:
+    ours, x = replaced(nn.Conv2d(8, 16, 3, padding=1)), image(2, 8, 6, 6).contiguous(memory_format=layout)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for _ in range(2):  # with gradients, and then without
+        with Calls() as calls:
+            y = ours(x)
+        name = "conv3x3" if layout == torch.channels_last else "convolution"
+        assert calls.counts[name] == 1 and torch.equal(compiled(x), y)
+        ours.requires_grad_(False)
+
+
+def graphed_calls(module: nn.Module, x: Tensor) -> list[tuple[Any, ...]]:
+    """Return the functions that Dynamo's graph of a call has, with the arguments that are no tensors."""
+    calls: list[tuple[Any, ...]] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        graphs.append(graph.code)
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target is not getattr:  # asked for a device: nothing runs
+                calls.append((node.target, *(each for each in node.args if not isinstance(each, torch.fx.Node))))
         return graph
 
-    y = torch.compile(replaced(plain), fullgraph=True, backend=backend)(x)
-    assert torch.equal(y, plain(x))
-    assert "conv2d" in graphs[0] and "conv3x3" not in graphs[0]
+    torch.compile(module, fullgraph=True, backend=backend)(x)
+    return calls
+
+
+def test_on_another_device_it_compiles_to_what_it_did() -> None:
+    plain, x = nn.Conv2d(8, 16, 3, padding=1, device="meta"), image(2, 8, 6, 6).to("meta")
+    calls = graphed_calls(replaced(plain), x)
+    assert calls == graphed_calls(plain, x) and [function for function, *_ in calls] == [torch.conv2d]

@@ -42,13 +42,12 @@ def trained_model() -> dict[str, Any]:
 
 def pipeline() -> dict[str, Any]:
     """Build a pipeline of diffusers, under the names that examples have for it."""
-    import diffusers
+    from diffusers import DDPMPipeline, DDPMScheduler
 
+    from soda_kernels.integrations.diffusers import SodaScheduler
     from tests.integration.peers import unet
 
-    made = diffusers.DDPMPipeline(unet=unet(), scheduler=diffusers.DDPMScheduler())
-    from soda_kernels.integrations.diffusers import SodaScheduler
-
+    made = DDPMPipeline(unet=unet(), scheduler=DDPMScheduler())
     return {"pipe": made, "pipeline": made, "SodaScheduler": SodaScheduler}
 
 

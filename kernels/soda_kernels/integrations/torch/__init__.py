@@ -2,6 +2,8 @@
 
     from soda_kernels.integrations.torch import optimize
     print(optimize(model))
+
+For models of diffusers there is `soda_kernels.integrations.diffusers`.
 """
 
 from soda_kernels.integrations.replacement import Report
