@@ -7,6 +7,7 @@ same places in sectors, so many of them at a time move the same bytes.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ def metered_bytes(case: DiffusionCase, mode: str, config: Any) -> tuple[Counts, 
 
 def _fewest_samples(case: DiffusionCase, mode: str, config: Any) -> int:
     """Return after how many samples their images, and the partial sums of their losses, begin with a sector again."""
-    programs = diffusion_plan(case, mode, "meta", config=config).launches[0].num_programs // case.shape.batch
-    sizes = [case.sample_elements * case.torch_dtype.itemsize, programs * torch.float32.itemsize]
+    programs = Fraction(
+        diffusion_plan(case, mode, "meta", config=config).launches[0].num_programs, case.shape.batch
+    )  # fmt: skip
+    sizes = [case.sample_elements * case.torch_dtype.itemsize, programs.numerator * torch.float32.itemsize]
     if case.call.bytes_x0:
         sizes.append(case.sample_elements)
-    return math.lcm(*(SECTOR_BYTES // math.gcd(SECTOR_BYTES, size) for size in sizes))
+    # A program may take several samples.
+    return math.lcm(programs.denominator, *(SECTOR_BYTES // math.gcd(SECTOR_BYTES, size) for size in sizes))

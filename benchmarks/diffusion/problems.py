@@ -102,9 +102,8 @@ def diffusion_problem(
         values = torch.randint(0, 256, shape, generator=generator, device=device, dtype=torch.uint8)
         return values.contiguous(memory_format=layout)
 
-    def integer(value: int) -> Tensor:
-        return torch.tensor(value, device=device)
-
+    # Side by side, as the public functions lay ints.
+    key_seed, step = torch.tensor([2**40 + 7, 12345], device=device).unbind()
     first = 2**40 + seed * shape.batch
     return DiffusionProblem(
         asked=call,
@@ -115,9 +114,9 @@ def diffusion_problem(
         previous_x0=image() if call.op == "sampler_step" and call.second_order else None,
         step_index=torch.randint(0, NUM_STEPS, (shape.batch,), generator=generator, device=device),
         weights=torch.rand(NUM_STEPS, generator=generator, device=device),
-        seed=integer(2**40 + 7),
+        seed=key_seed,
         sample_ids=torch.arange(first, first + shape.batch, device=device),
-        step=integer(12345),
+        step=step,
         dloss=torch.rand(shape.batch, generator=generator, device=device),
     )
 

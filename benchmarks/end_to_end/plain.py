@@ -166,7 +166,7 @@ def _residual_block(block: ResidualBlock, x: Tensor, time: Tensor, section: Tens
         h = h * (1 + scale) + shift
     h = F.dropout(F.silu(h), block.norm2.dropout_p, block.training)
     x = _resampled(block, x)
-    return (_conv(block.conv2, h) + (x if block.shortcut is None else block.shortcut(x))) * block.residual_scale
+    return (_conv(block.conv2, h) + (x if block.shortcut is None else _conv(block.shortcut, x))) * block.residual_scale
 
 
 def _resampled(block: ResidualBlock, x: Tensor) -> Tensor:
@@ -177,14 +177,14 @@ def _resampled(block: ResidualBlock, x: Tensor) -> Tensor:
 
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     sides = x.shape[2:]
-    qkv = block.qkv(_group_norm(block.norm, x)).flatten(2).unflatten(1, (3, block.num_heads, block.head_dim))
+    qkv = _conv(block.qkv, _group_norm(block.norm, x)).flatten(2).unflatten(1, (3, block.num_heads, block.head_dim))
     q, k, v = qkv.transpose(-1, -2).unbind(1)  # [N, heads, H * W, head_dim]
     o = F.scaled_dot_product_attention(q, k, v)
     if x.is_contiguous():
         o = o.transpose(-1, -2).reshape(x.shape)
     else:  # as a view of what SDPA wrote, which is channels_last
         o = o.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, sides)
-    return (x + block.proj(o)) * block.residual_scale
+    return (x + _conv(block.proj, o)) * block.residual_scale
 
 
 def _resnet_block(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:

@@ -91,8 +91,12 @@ def check_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be in [0, 1)")
 
 
-def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor:
-    """Turn an int or a 0-d integer tensor into a 0-d int64 tensor on `device`; ints beyond int64 wrap to 64 bits."""
+def int64_scalar(name: str, value: int | Tensor, device: torch.device, out: Tensor | None = None) -> Tensor:
+    """Turn an int or a 0-d integer tensor into a 0-d int64 tensor on `device`; ints beyond int64 wrap to 64 bits.
+
+    Args:
+        out: where an int is put, a new tensor if not given.
+    """
     if isinstance(value, Tensor):
         if value.ndim != 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be an int or a 0-d tensor")
@@ -101,7 +105,7 @@ def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be an int or a 0-d integer tensor")
     # A fill, not a copy from the host: no device waits for it.
-    return torch.full((), _wrapped(value), dtype=torch.int64, device=device)
+    return (torch.empty((), dtype=torch.int64, device=device) if out is None else out).fill_(_wrapped(value))
 
 
 def plain_integer(value: Any) -> Any:
@@ -128,11 +132,13 @@ def int64_vector(name: str, value: Tensor | Sequence[int], length: int, device: 
     return int64_tensor(name, value, device)
 
 
-def int64_scalar_or_vector(name: str, value: int | Tensor, length: int, device: torch.device) -> Tensor:
-    """Turn an int, a 0-d or a (length,) integer tensor into an int64 tensor on `device`."""
+def int64_scalar_or_vector(
+    name: str, value: int | Tensor, length: int, device: torch.device, out: Tensor | None = None
+) -> Tensor:
+    """Turn an int, a 0-d or a (length,) integer tensor into an int64 tensor on `device`; `out` as for int64_scalar."""
     if isinstance(value, Tensor) and value.ndim == 1:
         return int64_vector(name, value, length, device)
-    return int64_scalar(name, value, device)
+    return int64_scalar(name, value, device, out)
 
 
 def int64_tensor(name: str, value: Tensor, device: torch.device) -> Tensor:

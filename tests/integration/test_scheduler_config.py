@@ -182,3 +182,21 @@ def test_a_saved_pipeline_brings_it_back(tmp_path: Path) -> None:
     assert type(loaded.scheduler) is SodaScheduler and loaded.scheduler.config.prediction_type == "v_prediction"
     loaded.set_progress_bar_config(disable=True)
     assert loaded(1, num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
+def test_shapes_places_and_timesteps_that_do_not_fit_are_refused() -> None:
+    """By whatever config: none broadcasts."""
+    sample = torch.randn(2, 3, 4, 4)
+    for clip in (True, False):
+        scheduler = SodaScheduler(clip_sample=clip)
+        scheduler.set_timesteps(5)
+        first = scheduler.timesteps[0]
+        for wrong in (sample[:1], sample[:, :1]):
+            with pytest.raises(ValueError, match="model_output has shape .*; it must be that of sample"):
+                scheduler.step(wrong, first, sample)
+        for timestep in (None, 900.5, scheduler.timesteps[:2]):
+            with pytest.raises(ValueError, match="it must be one of scheduler.timesteps"):
+                scheduler.step(sample, timestep, sample)
+        for begin in (-3, "a", True):
+            with pytest.raises(ValueError, match="begin_index is .*; it must be an int of 0 or more"):
+                scheduler.set_begin_index(begin)

@@ -215,3 +215,17 @@ def test_modulated_group_norm_loads_a_group_norms_state() -> None:
     x = torch.randn(2, 16, 5, 5)
     torch.testing.assert_close(ours(x), plain(x))
     nn.GroupNorm(4, 16).load_state_dict(ours.state_dict())
+
+
+def test_what_was_parametrized_since_is_not_restored_and_stays_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU())
+    x = torch.randn(2, 16, 8, 8)
+    optimize(model)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    expected = model(x)
+    with pytest.raises(ValueError, match="a Conv2d was parametrized after optimize; remove its parametrizations"):
+        restore(model)
+    assert torch.equal(model(x), expected)
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    restore(model)
+    assert type(model[0]) is nn.Conv2d

@@ -11,6 +11,7 @@ from torch import Tensor
 from soda_kernels import NoiseSchedule, _philox
 from soda_kernels.aot import specify
 from soda_kernels.diffusion import triton_impl
+from soda_kernels.diffusion.config import TileConfig
 from soda_kernels.diffusion.reference import SAMPLINGS, TARGETS
 from tests.harness.compilation import compile_specs, gate
 
@@ -53,12 +54,15 @@ class Images:
     def _scored(self, target: str, x0: Tensor) -> tuple[Any, ...]:
         return self(), x0, self.index, TABLE, TABLE, TABLE if target == "v" else None, *self.key, target
 
-    def step(self, method: str, eta: float, target: str = "v", guidance_rescale: float = 0.0) -> Any:
+    def step(
+        self, method: str, eta: float, target: str = "v", guidance_rescale: float = 0.0,
+        config: TileConfig | None = None,
+    ) -> Any:  # fmt: skip
         """With guidance, clipping and for "dpmpp_2m" the step before."""
         second = method == "dpmpp_2m"
         return triton_impl.plan_sampler_step(
             self(), self(), self(), TABLE, TABLE, TABLE, SCALAR, SCALAR, method, target, 2.0, eta, 1.0,
-            guidance_rescale, self() if second else None, SCALAR if second else None, SCALAR, self.ids,
+            guidance_rescale, self() if second else None, SCALAR if second else None, SCALAR, self.ids, config=config,
         )  # fmt: skip
 
 
@@ -130,7 +134,13 @@ def test_walks_over_samples(arch: str) -> None:
         for shape in ((64, 3, 64, 64), (16, 3, 128, 128), (256, 16, 64, 64), (8, 3, 256, 256)):
             for layout in LAYOUTS:
                 images = Images(shape, layout, dtype)
-                found += [images.step(*method, guidance_rescale=0.7) for method in (DDPM, SECOND_ORDER)]
+                several = TileConfig(positions=2048, channels=1, num_warps=16, walkers=8)
+                if layout == "nhwc":
+                    several = TileConfig(positions=512, channels=4, num_warps=16, walkers=8)
+                for method in (DDPM, SECOND_ORDER):
+                    found.append(images.step(*method, guidance_rescale=0.7))
+                    if shape[2] == 128:
+                        found.append(images.step(*method, guidance_rescale=0.7, config=several))
     assert {plan.config.walkers for plan in found} == {0, 1, 8}
     assert complaints(found, arch, 0) == []
 
@@ -144,6 +154,18 @@ def test_tiles_of_every_width(arch: str) -> None:
         images = Images((256, channels, 32, 32), "nhwc")
         found += [images.noising("logit_normal", images()), images.loss("v", images(), True), images.step(*DDPM)]
     assert len({plan.config.channels for plan in found}) == 6
+    assert complaints(found, arch, 0) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_losses_of_two_samples(arch: str) -> None:
+    found = []
+    for layout in LAYOUTS:
+        images = Images((128, 3, 32, 32), layout)
+        scored = images(), images(), images.index, TABLE, TABLE, TABLE, *images.key, "eps"
+        found.append(triton_impl.plan_denoising_loss(*scored, False))
+    assert all(plan.config.samples == 2 for plan in found)
     assert complaints(found, arch, 0) == []
 
 

@@ -277,15 +277,19 @@ def test_the_rescaling_has_no_scale(isa: str, exponent: int) -> None:
     assert torch.equal(actual, plain * 2.0**exponent)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_where_it_is(isa: str, value: float) -> None:
     x = images((2, 3, 9, 9), torch.contiguous_format, torch.float32, 4)
     x[0][1, 2, 3, 4] = value
-    for target in TARGETS:
-        arguments = step_arguments(x, "ddim", target, clip=1.0)
-        for actual, expected in zip(NATIVE.sampler_step(*arguments), REFERENCE.sampler_step(*arguments), strict=True):
-            assert torch.equal(actual.isfinite(), expected.isfinite())
-            assert torch.equal(actual.isnan(), expected.isnan())
+    for target, clip, next_index in itertools.product(TARGETS, (1.0, None), (30, -1)):
+        for method, eta in (("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0), ("dpmpp_2m", 0.0)):
+            arguments = step_arguments(
+                x, method, target, eta=eta, clip=clip, previous=method == "dpmpp_2m", next_index=next_index
+            )
+            steps = NATIVE.sampler_step(*arguments), REFERENCE.sampler_step(*arguments)
+            for actual, expected in zip(*steps, strict=True):
+                limits = [step.nan_to_num(7.0, 8.0, 9.0).where(~step.isfinite(), 0.0) for step in (actual, expected)]
+                assert torch.equal(*limits), (method, target)
     loss, _ = NATIVE.denoising_loss(*loss_arguments(x[0], x[1], "eps", False), False)
     assert loss.isfinite().tolist() == [True, False]
 

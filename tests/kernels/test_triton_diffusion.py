@@ -14,7 +14,8 @@ from torch import Tensor
 
 from soda_kernels import NoiseSchedule, _philox
 from soda_kernels.diffusion import reference
-from soda_kernels.diffusion.config import Problem, TileConfig, candidates, choose, heuristic
+from soda_kernels.diffusion.config import TileConfig
+from soda_kernels.diffusion.reference import TARGETS
 from tests.harness.interpreter import require_interpreter
 from tests.harness.memory import check_memory
 from tests.harness.traffic import meter
@@ -221,6 +222,25 @@ def test_sampler_step(layout: str, method: str, target: str, indices: tuple[int,
         assert_close(result, expected)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("method", reference.METHODS)
+def test_the_step_of_an_infinite_x_t(method: str, target: str, value: float) -> None:
+    """It goes to its limit, which is infinite, and not through inf - inf."""
+    from soda_kernels.diffusion.triton_impl import plan_sampler_step
+
+    x_t, cond = image((2, 3, 4, 4), "nchw"), image((2, 3, 4, 4), "nchw")
+    x_t[1, 2, 3, 0] = value
+    arguments = (
+        x_t, cond, None, SCHEDULE.alpha, SCHEDULE.sigma, SCHEDULE.logsnr,
+        *(torch.tensor(index, device=DEVICE) for index in (50, 40)), method, target, 1.0, 0.0, None, 0.0, None, None,
+        *key(2)[:2],
+    )  # fmt: skip
+    for x_next, _ in (plan_sampler_step(*arguments).run(), reference.sampler_step(*arguments)):
+        assert float(x_next[1, 2, 3, 0]) == value
+        assert int(x_next.isfinite().sum()) == x_next.numel() - 1
+
+
 @pytest.mark.parametrize("tile", ["one", "one walker", "walkers", "several"])
 @pytest.mark.parametrize("draws", [False, True])
 @shapes
@@ -344,67 +364,29 @@ def test_traffic_and_launches(layout: str) -> None:
             assert meter(plan).bytes_dram <= 1.02 * images * 4 * 2 * 4 * 64 * 64, name
 
 
-def problem(batch: int, positions: int, channels: int = 1, **options: bool) -> Problem:
-    return Problem(
-        kernel="k", batch=batch, positions=positions, channels=channels, element_bytes=(1, 2), **options
+@in_the_interpreter
+@layouts
+@pytest.mark.parametrize("batch", [4, 3])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_program_of_two_samples_has_the_losses_of_one(target: str, batch: int, layout: str) -> None:
+    """Where two divide the batch; else each has one."""
+    from soda_kernels.diffusion.triton_impl import plan_denoising_loss
+
+    shape = (batch, 3, 6, 6)
+    arguments = (
+        image(shape, layout), image(shape, layout), steps_of(shape), SCHEDULE.alpha, SCHEDULE.sigma, torch.rand(100),
+        *key(batch, steps=True), target,
     )  # fmt: skip
-
-
-def test_tiles_fill_the_chip_or_grow() -> None:
-    assert heuristic(problem(1, 3 * 32 * 32)).positions == 1024
-    assert heuristic(problem(256, 3 * 64 * 64)).positions == 8192
-    wide, step = heuristic(problem(64, 32 * 32, 256)), heuristic(problem(64, 32 * 32, 256, many_registers=True))
-    assert wide.channels == 64 and wide.positions * wide.channels == 8192
-    assert step.channels == 64 and step.positions * step.channels == 4096
-
-
-def test_a_tile_holds_a_whole_sample_where_that_is_wanted_and_can_be() -> None:
-    assert heuristic(problem(256, 4 * 64 * 64, draws=False, whole=True)).positions == 4 * 64 * 64
-    assert heuristic(problem(256, 4 * 64 * 64, draws=False)).positions == 8192
-    for draws, channels in ((True, 4), (False, 5)):
-        assert heuristic(problem(256, channels * 64 * 64, draws=draws, whole=True)).walkers == 1
-
-
-def test_programs_that_walk_over_a_sample() -> None:
-    """One where that leaves little of the chip idle, else as many as fill it, unless the sample is large."""
-
-    def walkers(batch: int, elements: int) -> int:
-        return heuristic(problem(batch, elements, whole=True)).walkers
-
-    assert [walkers(batch, 3 * 64 * 64) for batch in (64, 132, 256)] == [1, 1, 1]
-    assert walkers(16, 3 * 128 * 128) == 8
-    assert walkers(32, 4 * 64 * 64) == 4
-    assert walkers(1, 4 * 64 * 64) == 8  # as many as there are tiles
-    assert [walkers(batch, 3 * 256 * 256) for batch in (8, 132, 140)] == [0, 1, 0]
-    assert heuristic(problem(16, 3 * 128 * 128)).walkers == 0
-
-
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("channels", [1, 3, 24, 256])
-def test_candidates_are_valid_and_have_the_heuristics_choice(channels: int, whole: bool) -> None:
-    for batch in (1, 64):
-        for positions in (1, 63, 1024, 12288):
-            each = problem(batch, positions, channels, whole=whole)
-            tiles = list(candidates(each))
-            assert heuristic(each) in tiles and len(set(tiles)) == len(tiles)
-            for tile in tiles:
-                assert tile.positions % 4 == 0 and 1 <= tile.num_warps <= 32
-                numbers = (tile.positions, tile.channels, tile.num_warps)
-                assert all(number & (number - 1) == 0 for number in numbers)  # powers of two
-
-
-def test_a_tuned_tile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def look_up(family: str, key: str, device: torch.device) -> dict[str, int] | None:
-        asked.append(f"{family} {key}")
-        return {"positions": 8, "channels": 1, "num_warps": 2} if "c1-" in key else None
-
-    monkeypatch.setattr("soda_kernels._tuning.look_up", look_up)
-    device = torch.device("cpu")
-    assert choose(problem(100, 1024), device) == TileConfig(positions=8, channels=1, num_warps=2)
-    assert choose(problem(100, 1024, 3), device) == heuristic(problem(100, 1024, 3))
-    assert asked == ["diffusion k-8+16bit-n128-c1-p1024", "diffusion k-8+16bit-n128-c3-p1024"]
+    one, two = (
+        plan_denoising_loss(
+            *arguments, True, config=TileConfig(positions=128, channels=4, num_warps=1, samples=samples)
+        )
+        for samples in (1, 2)
+    )
+    assert (one.launches[0].num_programs, two.launches[0].num_programs) == (batch, 2 if batch == 4 else batch)
+    assert check_memory(two, list(arguments[:-1])) == []
+    for result, expected in zip(two.run(), one.run(), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_different_work_has_different_keys() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from soda_engine.models.convolution import Conv3x3
+from soda_engine.models.convolution import Conv1x1, Conv3x3
 from soda_engine.models.recomputation import (
     Recompute,
     calling,
@@ -90,7 +90,7 @@ class ResidualBlock(nn.Module):
         self.z_proj = zero_init(nn.Linear(section_dim, 2 * out_channels, bias=False))
         self.norm2 = ModulatedGroupNorm(num_groups, out_channels, scale_offset=1.0, dropout_p=dropout)
         self.conv2 = zero_init(Conv3x3(out_channels, out_channels))
-        self.shortcut = nn.Conv2d(total, out_channels, 1) if skip_channels or total != out_channels else None
+        self.shortcut = Conv1x1(total, out_channels) if skip_channels or total != out_channels else None
         # As the int64 with the same bits, so that adding it to a key wraps around.
         self.recompute: Recompute = "resampled"
         self.dropout_key = (index * _DROPOUT_KEY_STRIDE + 2**63) % 2**64 - 2**63
@@ -183,8 +183,8 @@ class AttentionBlock(nn.Module):
         self.num_heads, self.head_dim, self.residual_scale = _num_heads(channels, head_dim), head_dim, residual_scale
         self.recompute: Recompute = "resampled"
         self.norm = ModulatedGroupNorm(num_groups, channels, activation=None)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+        self.qkv = Conv1x1(channels, 3 * channels)
+        self.proj = zero_init(Conv1x1(channels, channels))
 
     def forward(self, x: Image) -> ResidualSum:
         """[N, C, H, W] -> [N, C, H, W]."""
@@ -211,9 +211,9 @@ class CrossAttentionBlock(nn.Module):
         self.num_heads, self.head_dim, self.residual_scale = _num_heads(channels, head_dim), head_dim, residual_scale
         self.recompute: Recompute = "resampled"
         self.norm = ModulatedGroupNorm(num_groups, channels, activation=None)
-        self.q = nn.Conv2d(channels, channels, 1)
+        self.q = Conv1x1(channels, channels)
         self.kv = nn.Linear(token_dim, 2 * channels)
-        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+        self.proj = zero_init(Conv1x1(channels, channels))
 
     def forward(self, x: Image, tokens: Tensor) -> ResidualSum:
         """[N, C, H, W] and [N, m + 1, token_dim] -> [N, C, H, W]."""

@@ -4,8 +4,8 @@ With fixed statistics a batch norm is a factor and a shift a channel, which the 
 
     norm(conv(x)) = conv'(x)        w' = w * gamma / sqrt(var + eps)        b' = beta - mean * gamma / sqrt(var + eps)
 
-On a CPU in fp32 the convolution then also adds the shortcut and takes the ReLU: `conv3x3` where it is of 3x3 filters and
-stride 1, else oneDNN's, from weights that lie as it wants them.
+On a CPU in fp32 the convolution then also adds the shortcut and takes the ReLU: `conv3x3` where it is of 3x3 filters
+and stride 1, else oneDNN's, from weights that lie as it wants them.
 """
 
 from __future__ import annotations

@@ -67,7 +67,12 @@ def calling(layer: Callable[[Tensor], Tensor], x: Tensor, again: Callable[[], Te
     storage, shape = x.untyped_storage()._cdata, x.shape
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        return again if tensor.untyped_storage()._cdata == storage and tensor.shape == shape else tensor
+        if tensor.untyped_storage()._cdata != storage or tensor.numel() != shape.numel():
+            return tensor
+        if tensor.shape == shape:
+            return again
+        view = tensor.shape, tensor.stride()  # of all of x, as a linear layer takes it
+        return lambda: again().as_strided(*view)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         return layer(x)

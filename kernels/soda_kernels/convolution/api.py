@@ -35,7 +35,7 @@ def conv3x3(
 
     Raises:
         TypeError, ValueError: an argument's type, shape, dtype or device is not as above.
-        RuntimeError: a second derivative is asked for of Winograd's.
+        RuntimeError: a second derivative or a `torch.func` transform is asked for of Winograd's.
 
     Reference:
         Lavin and Gray 2016, section 4.1.

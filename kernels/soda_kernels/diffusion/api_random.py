@@ -12,7 +12,7 @@ from soda_kernels import _checks
 from soda_kernels._backend import current_ops
 from soda_kernels._philox import STREAMS
 from soda_kernels.diffusion import ops as _ops  # noqa: F401  registers the ops
-from soda_kernels.diffusion.checks import check_sampling, check_schedule_type
+from soda_kernels.diffusion.checks import check_sampling, check_schedule_type, check_seed_and_step
 from soda_kernels.diffusion.schedule import NoiseSchedule
 
 
@@ -113,9 +113,9 @@ def draw_step_index(
     if isinstance(sample_ids, Sized):
         num = sample_ids.numel() if isinstance(sample_ids, Tensor) else len(sample_ids)
     ids = _checks.int64_vector("sample_ids", sample_ids, num, schedule.device)
-    steps = _checks.int64_scalar_or_vector("step", step, num, schedule.device)
+    key_seed, steps = check_seed_and_step(seed, step, num, schedule.device)
     first, total = check_sampling(sampling, strata, num, schedule.num_steps, steps)
-    key = (_checks.int64_scalar("seed", seed, schedule.device), ids, steps)
+    key = (key_seed, ids, steps)
     return current_ops().draw_step_index.default(*key, schedule.num_steps, sampling, first, total)
 
 
@@ -141,6 +141,5 @@ def _philox_draw(
         num *= extent
     if num >= 2**34:
         raise ValueError(f"shape is {shape}; one sample must have fewer than 2^34 elements")
-    seed = _checks.int64_scalar("seed", seed, device)
-    step = _checks.int64_scalar_or_vector("step", step, shape[0], device)
+    seed, step = check_seed_and_step(seed, step, shape[0], device)
     return op(seed, ids, step, num, STREAMS[stream], dtype).view(shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from soda_kernels import _checks
@@ -41,10 +42,23 @@ def check_key(
     x: Tensor, seed: int | Tensor, sample_ids: Tensor | Sequence[int], step: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check and widen (seed, sample_ids, step) for images x."""
+    seed, step = check_seed_and_step(seed, step, x.shape[0], x.device)
+    return seed, _checks.int64_vector("sample_ids", sample_ids, x.shape[0], x.device), step
+
+
+def check_seed_and_step(
+    seed: int | Tensor, step: int | Tensor, batch: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Check and widen a seed and a step, or the step of each sample.
+
+    On a GPU ints lie side by side: a program reads both in one sector.
+    """
+    places: tuple[Tensor | None, ...] = (None, None)
+    if device.type != "cpu" and not isinstance(seed, Tensor) and not isinstance(step, Tensor):
+        places = torch.empty(2, dtype=torch.int64, device=device).unbind()
     return (
-        _checks.int64_scalar("seed", seed, x.device),
-        _checks.int64_vector("sample_ids", sample_ids, x.shape[0], x.device),
-        _checks.int64_scalar_or_vector("step", step, x.shape[0], x.device),
+        _checks.int64_scalar("seed", seed, device, places[0]),
+        _checks.int64_scalar_or_vector("step", step, batch, device, places[1]),
     )
 
 

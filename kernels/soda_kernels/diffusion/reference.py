@@ -136,8 +136,9 @@ def sampler_step(
         # Song et al. 2021, equations 12 and 16, with sigma_s^2 - noise_std^2 written as a sum, so that nothing cancels.
         ratio = sigma_s / sigma_t
         noise_std = eta * ratio * beta.sqrt()
-        eps = (wide - alpha_t * x0) / sigma_t
-        x_next = alpha_s * x0 + sigma_s * ((1 - eta**2) + (eta * rate * ratio).square()).sqrt() * eps
+        # Of x_t and x0, not of the noise between them: of an infinite x_t that would be inf - inf.
+        of_x_t = ratio * ((1 - eta**2) + (eta * rate * ratio).square()).sqrt()
+        x_next = of_x_t * wide + (alpha_s - of_x_t * alpha_t) * x0
         if eta > 0.0:
             x_next = x_next + noise_std * _sampler_noise(x_t, seed, sample_ids, step_index)
     elif method == "ddpm":

@@ -30,6 +30,8 @@ from soda_kernels.diffusion.triton_sampler import _guidance_moments_kernel, _sam
 _INDEX_BLOCK = 128
 _TOTAL_BLOCK = 256
 _MOMENTS_BLOCK = 2048
+# The seed and the step, which lie side by side if their caller wants that, and the sample id.
+_KEY_SECTORS = 2
 # Of a sample whose moments are taken. Every program of the step reads all of its sample's.
 _MOST_PARTS = 64
 
@@ -44,7 +46,8 @@ class _Geometry:
     @classmethod
     def of(
         cls, kernel: str, images: Sequence[Tensor], config: TileConfig | None, *, draws: bool = True,
-        whole: bool = False, many_registers: bool = False,
+        whole: bool = False, many_registers: bool = False, moved: int = 0, sums: bool = False,
+        scalars: tuple[int, int] = (0, 0),
     ) -> _Geometry:  # fmt: skip
         """Cut dense images.
 
@@ -54,6 +57,9 @@ class _Geometry:
                 images of one layout are taken as they lie in memory.
             whole: whether a tile that holds a whole sample is wanted, if there is one.
             many_registers: whether the kernel needs more than others.
+            moved: bytes of an element of all images, if they are more than those.
+            sums: whether tiles of a sample are summed.
+            scalars: the sectors of scalars of a program, and of a sample.
         """
         x = images[0]
         channels, positions = x.shape[1], x.shape[2:].numel()
@@ -63,6 +69,8 @@ class _Geometry:
         problem = Problem(
             kernel=kernel, batch=x.shape[0], positions=positions, channels=channels, draws=draws, whole=whole,
             many_registers=many_registers, element_bytes=tuple(sorted({image.element_size() for image in images})),
+            moved=moved or sum(image.element_size() for image in images), sums=sums, scalars=scalars[0],
+            scalars_of_a_sample=scalars[1],
         )  # fmt: skip
         return cls(problem=problem, config=config or choose(problem, x.device))
 
@@ -82,6 +90,12 @@ class _Geometry:
     def chunks(self) -> int:
         """Tiles of a sample."""
         return self.position_chunks * math.ceil(self.channels / self.config.channels)
+
+    @property
+    def samples(self) -> int:
+        """Samples of a program."""
+        divides = self.problem.sums and self.chunks == 1 and self.problem.batch % self.config.samples == 0
+        return self.config.samples if divides else 1
 
     @property
     def arguments(self) -> dict[str, int]:
@@ -112,7 +126,7 @@ def plan_philox(
     out = sample_ids.new_empty((len(sample_ids), num), dtype=dtype)
     problem = Problem(
         kernel="philox_normal" if normal else "philox_uniform", batch=len(sample_ids), positions=num, channels=1,
-        element_bytes=(dtype.itemsize,),
+        element_bytes=(dtype.itemsize,), moved=dtype.itemsize, scalars=_KEY_SECTORS,
     )  # fmt: skip
     config = config or choose(problem, out.device)
     chunks = math.ceil(num / config.positions)
@@ -149,7 +163,8 @@ def plan_add_noise(
     x0 = _dense(x0)
     x_t = _empty_like(x0, dtype)
     drawn = sample_ids.new_empty(len(x0) if step_index is None else 0)
-    geometry = _Geometry.of("add_noise", (x0, x_t), config)
+    # The index and a step's entries of the schedule.
+    geometry = _Geometry.of("add_noise", (x0, x_t), config, scalars=(_KEY_SECTORS + 2, 0))
     launch = Launch(
         kernel=_add_noise_kernel, grid=(x0.shape[0] * geometry.chunks,),
         arguments={
@@ -233,7 +248,13 @@ def plan_sampler_step(
     rescales = guidance_rescale > 0.0 and uncond is not None
     kernel = "-".join(["sampler_step", method, *["guided"] * (uncond is not None), *["rescaled"] * rescales,
                        *["drawing"] * draws])  # fmt: skip
-    geometry = _Geometry.of(kernel, (x_t,), config, draws=draws, whole=rescales, many_registers=True)
+    read = 2 + (uncond is not None) + (previous_x0 is not None)
+    # The indices of one tensor, and the schedule's entries at each.
+    scalars = 3 + (previous_x0 is not None) + _KEY_SECTORS * draws
+    geometry = _Geometry.of(
+        kernel, (x_t,), config, draws=draws, whole=rescales, many_registers=True, scalars=(scalars, 0),
+        moved=(read + 2) * x_t.element_size(),
+    )  # fmt: skip
     before: tuple[Launch, ...] = ()
     walkers = geometry.config.walkers if rescales else 0
     moments = {"moments_ptr": None, "parts": walkers}
@@ -292,8 +313,10 @@ def _plan_errors(
     geometry = _Geometry.of(
         f"{kernel}-{target}{saving}", images, config, draws=target != "x0",
         many_registers=target == "v" and gradient is not None,
+        moved=sum(image.element_size() for image in (*images, *([] if gradient is None else [gradient]))),
+        sums=loss is not None, scalars=_error_scalars(target, weights is not None, gradient is not None),
     )  # fmt: skip
-    num_programs = len(prediction) * geometry.chunks
+    num_programs = len(prediction) * geometry.chunks // geometry.samples
     partial = None
     if loss is not None and geometry.chunks > 1:
         partial, loss = prediction.new_empty(num_programs, dtype=torch.float32), None
@@ -309,17 +332,31 @@ def _plan_errors(
             **geometry.strides("prediction", prediction), **geometry.strides("x0", x0),
             "dloss_stride": 0 if dloss is None else dloss.stride(0),
         },
-        constants={**geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0, "TARGET": target},
+        constants={
+            **geometry.constants("noise"), "STEP_PER_SAMPLE": step.ndim > 0, "TARGET": target,
+            "SAMPLES": geometry.samples,
+        },
         num_warps=geometry.config.num_warps,
     )  # fmt: skip
     return launch, geometry
+
+
+def _error_scalars(target: str, weighted: bool, writes_gradient: bool) -> tuple[int, int]:
+    """Count the sectors of scalars of a program of the loss, and those of a sample."""
+    # The key; of v the index and the schedule's entries; the sum or what comes back for the loss.
+    of_a_program = _KEY_SECTORS * (target != "x0") + 2 * (target == "v") + 1
+    of_weight = weighted * (1 + (target != "v"))  # with the index, if it was not read
+    return (of_a_program + of_weight, 0) if writes_gradient else (of_a_program, of_weight)
 
 
 def _plan_scaling(image: Tensor, factors: Tensor, index: Tensor | None, config: TileConfig | None) -> Plan:
     """Plan the samples of an image times a factor each, or times those of a table at an index each."""
     image = _dense(image)
     scaled = _empty_like(image)
-    geometry = _Geometry.of("scale_samples", (image,), config, draws=False)
+    geometry = _Geometry.of(
+        "scale_samples", (image,), config, draws=False, moved=2 * image.element_size(),
+        scalars=(1 if index is None else 2, 0),
+    )  # fmt: skip
     launch = Launch(
         kernel=_scale_samples_kernel, grid=(len(image) * geometry.chunks,),
         arguments={

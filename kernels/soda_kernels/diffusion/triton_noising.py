@@ -105,48 +105,50 @@ def _denoising_loss_kernel(
     num_steps, positions, channels, position_chunks, chunks, loss_share,
     prediction_position_stride, prediction_channel_stride, x0_position_stride, x0_channel_stride, dloss_stride,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, FOURS: tl.constexpr, STREAM: tl.constexpr,
-    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr,
+    STEP_PER_SAMPLE: tl.constexpr, TARGET: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile of one sample: the sum of squared errors, or the gradient, or both.
+    """Of one tile of one sample, or of SAMPLES small samples: the sum of squared errors, or the gradient, or both.
 
     Where the tile is the sample, the sum becomes its loss at once. The gradient is dloss weight 2 / M (prediction -
     target), without a dloss for 1, laid out as the prediction.
     """
-    sample, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    first_sample, chunk = tl.program_id(0) // chunks * SAMPLES, tl.program_id(0) % chunks
     first_position, first_channel = chunk % position_chunks * POSITIONS, chunk // position_chunks * CHANNELS
     position, channel, exists = place(first_position, first_channel, positions, channels, POSITIONS, CHANNELS)
-    start = sample.to(tl.int64) * channels * positions
-    at = start + position * prediction_position_stride + channel * prediction_channel_stride
-    error = load(prediction_ptr + at, exists)
-    x0 = 0.0
-    if TARGET != "eps":
-        x0 = load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists)
-    if TARGET == "x0":
-        error -= x0
-    else:
-        step = tl.load(step_ptr + sample if STEP_PER_SAMPLE else step_ptr)
-        target = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), step, first_position, first_channel, positions,
-                       POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
-        if TARGET == "v":
-            index = tl.load(index_ptr + sample)
-            alpha = look_up(alpha_ptr, index, num_steps, alpha_stride)
-            target = alpha * target - look_up(sigma_ptr, index, num_steps, sigma_stride) * x0
-        error -= target
-    weight = 1.0
-    if weights_ptr is not None and (partial_ptr is None or gradient_ptr is not None):
-        weight = look_up(weights_ptr, tl.load(index_ptr + sample), num_steps, weights_stride)
-    if gradient_ptr is not None:
-        factor = 2.0 * loss_share * weight
-        if dloss_ptr is not None:
-            factor *= tl.load(dloss_ptr + sample.to(tl.int64) * dloss_stride).to(tl.float32)
-        tl.store(gradient_ptr + at, (error * factor).to(gradient_ptr.dtype.element_ty), exists)
-    if partial_ptr is not None or loss_ptr is not None:
-        squares = tl.where(exists, error * error, 0.0)
-        total = tl.sum(tl.sum(squares, axis=1), axis=0)
-        if loss_ptr is not None:
-            tl.store(loss_ptr + sample, total * loss_share * weight)
+    for further in range(SAMPLES):
+        sample = first_sample + further
+        start = sample.to(tl.int64) * channels * positions
+        at = start + position * prediction_position_stride + channel * prediction_channel_stride
+        error = load(prediction_ptr + at, exists)
+        x0 = 0.0
+        if TARGET != "eps":
+            x0 = load(x0_ptr + start + position * x0_position_stride + channel * x0_channel_stride, exists)
+        if TARGET == "x0":
+            error -= x0
         else:
-            tl.store(partial_ptr + tl.program_id(0), total)
+            step = tl.load(step_ptr + sample if STEP_PER_SAMPLE else step_ptr)
+            target = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), step, first_position, first_channel, positions,
+                           POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
+            if TARGET == "v":
+                index = tl.load(index_ptr + sample)
+                alpha = look_up(alpha_ptr, index, num_steps, alpha_stride)
+                target = alpha * target - look_up(sigma_ptr, index, num_steps, sigma_stride) * x0
+            error -= target
+        weight = 1.0
+        if weights_ptr is not None and (partial_ptr is None or gradient_ptr is not None):
+            weight = look_up(weights_ptr, tl.load(index_ptr + sample), num_steps, weights_stride)
+        if gradient_ptr is not None:
+            factor = 2.0 * loss_share * weight
+            if dloss_ptr is not None:
+                factor *= tl.load(dloss_ptr + sample.to(tl.int64) * dloss_stride).to(tl.float32)
+            tl.store(gradient_ptr + at, (error * factor).to(gradient_ptr.dtype.element_ty), exists)
+        if partial_ptr is not None or loss_ptr is not None:
+            squares = tl.where(exists, error * error, 0.0)
+            total = tl.sum(tl.sum(squares, axis=1), axis=0)
+            if loss_ptr is not None:
+                tl.store(loss_ptr + sample, total * loss_share * weight)
+            else:
+                tl.store(partial_ptr + tl.program_id(0), total)
 
 
 @triton.jit

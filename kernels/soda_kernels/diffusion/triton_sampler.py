@@ -51,6 +51,15 @@ def _sampler_step_kernel(
     sigma_s = tl.where(clean, 0.0, look_up(sigma_ptr, inside, num_steps, sigma_stride))
     rate = alpha_t / alpha_s
     beta = tl.maximum(sigma_t * sigma_t - (rate * sigma_s) * (rate * sigma_s), 0.0)
+    ratio = sigma_s / sigma_t
+    if METHOD == "ddim":
+        of_x_t = ratio * tl.sqrt_rn((1.0 - eta * eta) + (eta * rate * ratio) * (eta * rate * ratio))
+        of_x0 = alpha_s - of_x_t * alpha_t
+        noise_std = eta * ratio * tl.sqrt_rn(beta)
+    elif METHOD == "ddpm":
+        of_x_t = rate * ratio * ratio
+        of_x0 = alpha_s * beta / (sigma_t * sigma_t)
+        noise_std = ratio * tl.sqrt_rn(beta)
 
     # Of programs that do not walk the one tile.
     end = chunks if WALKS else first_chunk + 1
@@ -72,7 +81,7 @@ def _sampler_step_kernel(
                 prediction *= factor
         x_t = load(x_t_ptr + at, exists)
         if TARGET == "eps":
-            x0 = (x_t - sigma_t * prediction) / alpha_t
+            x0 = (x_t - sigma_t * prediction) * (1.0 / alpha_t)
         elif TARGET == "v":
             x0 = alpha_t * x_t - sigma_t * prediction
         else:
@@ -81,15 +90,8 @@ def _sampler_step_kernel(
             # Not tl.clamp: a NaN has to stay one.
             x0 = tl.where(x0 > clip_x0, clip_x0, tl.where(x0 < -clip_x0, -clip_x0, x0))
 
-        if METHOD == "ddim":
-            ratio = sigma_s / sigma_t
-            eps = (x_t - alpha_t * x0) / sigma_t
-            kept = tl.sqrt_rn((1.0 - eta * eta) + (eta * rate * ratio) * (eta * rate * ratio))
-            x_next = alpha_s * x0 + sigma_s * kept * eps
-            noise_std = eta * ratio * tl.sqrt_rn(beta)
-        elif METHOD == "ddpm":
-            x_next = (alpha_s * beta * x0 + rate * (sigma_s * sigma_s) * x_t) / (sigma_t * sigma_t)
-            noise_std = (sigma_s / sigma_t) * tl.sqrt_rn(beta)
+        if METHOD != "dpmpp_2m":
+            x_next = of_x_t * x_t + of_x0 * x0
         else:
             half_t = look_up(logsnr_ptr, index, num_steps, logsnr_stride) / 2
             h = look_up(logsnr_ptr, inside, num_steps, logsnr_stride) / 2 - half_t
@@ -99,8 +101,7 @@ def _sampler_step_kernel(
                 weight = tl.where(clean | (h_previous == 0.0), 0.0, h / (2.0 * h_previous))
                 extrapolated += weight * (x0 - load(previous_x0_ptr + at, exists))
             decay = tl.where(clean, -1.0, _expm1(-h))
-            x_next = (sigma_s / sigma_t) * x_t - alpha_s * decay * extrapolated
-            noise_std = 0.0
+            x_next = ratio * x_t - alpha_s * decay * extrapolated
         if DRAWS:
             drawn = noise(tl.load(seed_ptr), tl.load(ids_ptr + sample), index, first_position, first_channel, positions,
                           POSITIONS, CHANNELS, STREAM, FOURS)  # fmt: skip
@@ -138,23 +139,45 @@ def _guidance_moments_kernel(
 
 @triton.jit
 def _moments(cond_ptr, uncond_ptr, cfg_scale, begin, end, BLOCK: tl.constexpr):
-    """Return the count, and the mean and sum of squared deviations of cond and of guided outputs, from begin to end."""
-    count, cond_mean, cond_square, mean, square = 0.0, 0.0, 0.0, 0.0, 0.0
+    """Return the count, and the mean and sum of squared deviations of cond and of guided outputs, from begin to end.
+
+    Every BLOCK-th element by Welford's recurrence, without a word between threads; then these by Chan's formula.
+    """
+    lane = tl.arange(0, BLOCK)
+    cond_means, cond_squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    means, squares = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    rounds = 0.0
     for first in range(begin, end, BLOCK):
-        element = first + tl.arange(0, BLOCK)
-        exists = element < end
-        cond = load(cond_ptr + element, exists)
-        uncond = load(uncond_ptr + element, exists)
-        more = tl.minimum(end - first, BLOCK)
-        here, spread = _centred(cond, exists, more)
-        guided_here, guided_spread = _centred(uncond + cfg_scale * (cond - uncond), exists, more)
-        share = more / (count + more)
-        cond_square += spread + (here - cond_mean) * (here - cond_mean) * count * share
-        square += guided_spread + (guided_here - mean) * (guided_here - mean) * count * share
-        cond_mean += (here - cond_mean) * share
-        mean += (guided_here - mean) * share
-        count += more
+        exists = first + lane < end
+        cond = load(cond_ptr + first + lane, exists)
+        uncond = load(uncond_ptr + first + lane, exists)
+        rounds += 1.0
+        share = 1.0 / rounds
+        cond_means, cond_squares = _with_one_more(cond, exists, share, cond_means, cond_squares)
+        guided = uncond + cfg_scale * (cond - uncond)
+        means, squares = _with_one_more(guided, exists, share, means, squares)
+    # Of a last round that is not full, some have one less.
+    counts = (end - begin - lane + (BLOCK - 1)) // BLOCK
+    count = (end - begin).to(tl.float32)
+    cond_mean, cond_square = _of_all(cond_means, cond_squares, counts, count)
+    mean, square = _of_all(means, squares, counts, count)
     return count, cond_mean, cond_square, mean, square
+
+
+@triton.jit
+def _with_one_more(values, exists, share, means, squares):
+    """Return means and sums of squared deviations with a further value each, where it exists; share is 1 / count."""
+    deviation = tl.where(exists, values - means, 0.0)
+    means += deviation * share
+    return means, squares + deviation * tl.where(exists, values - means, 0.0)
+
+
+@triton.jit
+def _of_all(means, squares, counts, count):
+    """Return the mean and sum of squared deviations of all, from those of several, counts of them each."""
+    weights = counts.to(tl.float32)
+    mean = tl.sum(means * weights, axis=0) / count
+    return mean, tl.sum(squares + weights * (means - mean) * (means - mean), axis=0)
 
 
 @triton.jit

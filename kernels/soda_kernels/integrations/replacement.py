@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Fused:
@@ -63,8 +64,18 @@ def class_name(model: object) -> str:
 
 
 def restore_modules(model: nn.Module) -> int:
-    """Give every replaced module the class back that it had, and return how many there were."""
+    """Give every replaced module the class back that it had, and return how many there were.
+
+    Raises:
+        ValueError: one was parametrized since, by a class made of the one it has now; nothing was restored.
+    """
     replaced = [module for module in model.modules() if isinstance(module, Fused)]
+    for module in replaced:
+        if is_parametrized(module):
+            raise ValueError(
+                f"a {module.plain_class.__name__} was parametrized after optimize; remove its parametrizations "
+                "(torch.nn.utils.parametrize.remove_parametrizations) before restore"
+            )
     for module in replaced:
         module.__class__ = module.plain_class
     return len(replaced)

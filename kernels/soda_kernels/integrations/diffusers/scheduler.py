@@ -174,6 +174,8 @@ class SodaScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say where in `timesteps` the loop begins."""
+        if isinstance(begin_index, bool) or not isinstance(begin_index, int) or begin_index < 0:
+            raise ValueError(f"begin_index is {begin_index!r}; it must be an int of 0 or more")
         self._loop.begin_place = begin_index
 
     def set_timesteps(
@@ -278,6 +280,12 @@ class SodaScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("there are no timesteps yet; call set_timesteps before step")
         if variance_noise is not None:
             raise ValueError("variance_noise is given; noise is drawn inside the step, from the generator")
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)}; it must be that of sample, {tuple(sample.shape)}"
+            )
+        if not isinstance(timestep, int | Tensor) or (isinstance(timestep, Tensor) and timestep.numel() != 1):
+            raise ValueError(f"timestep is {timestep}; it must be one of scheduler.timesteps")
         config, device = self.config, sample.device
         place = self._loop.place_of(timestep)
         self.schedule = self.schedule.to(device)
