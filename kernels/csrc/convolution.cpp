@@ -14,26 +14,23 @@ namespace {
 
 using MaybeTensor = std::optional<Tensor>;
 
-// What follows was chosen on two cores of an EPYC of the Zen 3 generation, by shapes of 2x2 to 32x32 pixels and 32 to 256
-// channels: half and twice as much of any was slower or the same.
-//
-// Bytes of a block's transformed tiles, for the second-level cache.
+// Bytes of a block's transformed tiles, for the second-level cache. On two cores of an EPYC of the Zen 3 generation half
+// and twice as much were slower or the same within noise, for 2x2 to 32x32 pixels and 32 to 256 channels.
 constexpr int64_t block_bytes = 1 << 18;
 // Tiles of a block are a multiple of this, which suits the rows of a product in registers.
 constexpr int64_t row_multiple = 12;
-// Of the sums over tiles that are kept apart: their bytes and number at the most, and tiles of each at the least, since
-// each is written and read once more. And filters of a unit, each of which transforms the same tiles again.
-constexpr int64_t share_bytes = 1 << 24, most_chunks = 32, chunk_tiles = 256, unit_filters = 64;
+// Of the sums over tiles that are kept apart: tiles of each at the least, since each is written and read once more (half
+// as many were slower there, twice as many no better), and their bytes and number at the most. And filters of a unit, each
+// of which transforms the same tiles again. Other limits than these three were not tried.
+constexpr int64_t chunk_tiles = 256, share_bytes = 1 << 24, most_chunks = 32, unit_filters = 64;
 // What both numbers of channels are a multiple of, and columns that are transformed together.
 constexpr int64_t channel_multiple = 8, columns_together = 32;
-// Below this transforming the filters takes as long as they save.
+// Below this transforming the filters costs what the products save: one tile of 256 channels took longer than PyTorch's.
 constexpr int64_t least_tiles = 8;
-// Below so many numbers of a transformed filter a second thread costs more than it brings.
+// Numbers of a transformed filter that are worth a thread; not tuned.
 constexpr int64_t numbers_of_a_thread = 1 << 16;
 
-float* data(const Tensor& tensor) {
-  return static_cast<float*>(tensor.mutable_data_ptr());
-}
+float* data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 const float* read(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
 

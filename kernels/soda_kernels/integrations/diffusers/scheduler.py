@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -174,9 +175,9 @@ class SodaScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say where in `timesteps` the loop begins."""
-        if isinstance(begin_index, bool) or not isinstance(begin_index, int) or begin_index < 0:
+        if isinstance(begin_index, bool) or not isinstance(begin_index, Integral) or begin_index < 0:
             raise ValueError(f"begin_index is {begin_index!r}; it must be an int of 0 or more")
-        self._loop.begin_place = begin_index
+        self._loop.begin_place = int(begin_index)
 
     def set_timesteps(
         self,
@@ -284,7 +285,7 @@ class SodaScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}; it must be that of sample, {tuple(sample.shape)}"
             )
-        if not isinstance(timestep, int | Tensor) or (isinstance(timestep, Tensor) and timestep.numel() != 1):
+        if not isinstance(timestep, Integral | Tensor) or (isinstance(timestep, Tensor) and timestep.numel() != 1):
             raise ValueError(f"timestep is {timestep}; it must be one of scheduler.timesteps")
         config, device = self.config, sample.device
         place = self._loop.place_of(timestep)
