@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import soda_kernels as sk
 from soda_kernels import _checks
 
-SCHEDULE = sk.NoiseSchedule.linear(10)
 X = torch.randn(3, 8, 4, 5)
 META = torch.device("meta")
 CPU = torch.device("cpu")
