@@ -145,7 +145,9 @@ def test_an_access_out_of_bounds_is_not_carried_out() -> None:
     assert found([wide], [padded[:, :16]], [x]) == [("out of bounds", "y_ptr", 4 * 2 * 4)]
     assert padded[:, :16].eq(1).all() and padded[:, 16:].isnan().all()
     astray = launch(planted.copy_rows, (2,), x, padded[:, :16], 1 << 40, 20, 16, BLOCK=16)
-    assert ("out of bounds", "x_ptr", 16 * 4) in found([astray], [], [x])
+    # So far out that which tensor is the nearest depends on where the system put them.
+    ((kind, _, count),) = found([astray], [], [x])
+    assert (kind, count) == ("out of bounds", 16 * 4)
 
 
 def test_a_gap_between_rows_is_out_of_bounds() -> None:
