@@ -6,6 +6,7 @@
 #include <memory>
 #include <tuple>
 
+#include "boxed.h"
 #include "dispatch.h"
 #include "tensors.h"
 
@@ -141,15 +142,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
   return {dx, dweight, dbias};
 }
 
-using Stack = StableIValue*;
-
-Tensor tensor_at(Stack stack, int index) {
-  AtenTensorHandle own;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_new_tensor_handle(torch::stable::detail::to<AtenTensorHandle>(stack[index]), &own));
-  return Tensor(own);
-}
-
 bool is_float(const Tensor& tensor) { return tensor.is_cpu() && dtype_of(tensor.get()) == Dtype::float32; }
 
 // The kernels take float images in channels_last whose channels fill whole vectors, and of which there are enough tiles.
@@ -162,18 +154,14 @@ bool is_native(const Tensor& x, const Tensor& weight) {
          of.tiles() >= least_tiles;
 }
 
-void call_reference(const char* name, Stack stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-}
-
 void boxed_forward(Stack stack, uint64_t num_arguments, uint64_t num_outputs) {
-  if (is_native(tensor_at(stack, 0), tensor_at(stack, 1))) return TORCH_BOX(&forward)(stack, num_arguments, num_outputs);
-  call_reference("soda_kernels_native::conv3x3", stack);
+  const bool is_taken = is_native(another_handle(stack, 0), another_handle(stack, 1));
+  call_native("soda_kernels_native::conv3x3", is_taken, TORCH_BOX(&forward), stack, num_arguments, num_outputs);
 }
 
 void boxed_backward(Stack stack, uint64_t num_arguments, uint64_t num_outputs) {
-  if (is_native(tensor_at(stack, 1), tensor_at(stack, 2))) return TORCH_BOX(&backward)(stack, num_arguments, num_outputs);
-  call_reference("soda_kernels_native::conv3x3_backward", stack);
+  const bool is_taken = is_native(another_handle(stack, 1), another_handle(stack, 2));
+  call_native("soda_kernels_native::conv3x3_backward", is_taken, TORCH_BOX(&backward), stack, num_arguments, num_outputs);
 }
 
 }  // namespace

@@ -92,7 +92,8 @@ void forward(const ConvolutionForward& of, int64_t first_block, int64_t last_blo
       for_panels(columns, [&](auto vectors, int64_t column) {
         const float* const b = of.transformed + tap * tap_stride(depth, columns) + column * depth;
         for_rows<vectors>(count, [&](auto rows, int64_t t) {
-          multiply_rows<rows, vectors>(a + t * depth, depth, b, c + t * columns + column, columns, depth);
+          multiply_rows<rows, vectors>(a + t * depth, depth, b, vectors * lanes, c + t * columns + column, columns, depth,
+                                       false);
         });
       });
     }
@@ -137,7 +138,8 @@ void share_of(const FilterGradient& of, int64_t chunk, int64_t first_filter, int
       for_panels(depth, [&](auto vectors, int64_t panel) {
         const float* const b = inputs + tap * input_stride + panel * of.block_tiles;
         for_rows<vectors>(num_filters, [&](auto rows, int64_t k) {
-          multiply_columns<rows, vectors>(a + k, num_filters, b, c + k * depth + panel, depth, count, block > first_block);
+          multiply_columns<rows, vectors>(a + k, num_filters, b, vectors * lanes, c + k * depth + panel, depth, count,
+                                          block > first_block);
         });
       });
     }

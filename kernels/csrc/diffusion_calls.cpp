@@ -40,8 +40,6 @@ std::string text_of(StringHandle handle) {
   return text;
 }
 
-AtenTensorHandle tensor_at(Stack stack, int index) { return torch::stable::detail::to<AtenTensorHandle>(stack[index]); }
-
 AtenTensorHandle maybe_tensor_at(Stack stack, int index) {
   const auto* value = torch::stable::detail::to<StableIValue*>(stack[index]);
   return value ? torch::stable::detail::to<AtenTensorHandle>(*value) : nullptr;
@@ -80,12 +78,6 @@ bool is_within(AtenTensorHandle indices, int64_t low, int64_t end) {
 
 bool is_index(AtenTensorHandle index, int64_t low, int64_t end) {
   return length_of(index) == 1 && is_within(index, low, end);
-}
-
-void call_native(const char* reference, bool is_taken, void (*kernel)(Stack, uint64_t, uint64_t), Stack stack,
-                 uint64_t num_arguments, uint64_t num_outputs) {
-  if (is_taken) return kernel(stack, num_arguments, num_outputs);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(reference, "", stack, TORCH_ABI_VERSION));
 }
 
 double number_at(const Tensor& tensor, int64_t index) {

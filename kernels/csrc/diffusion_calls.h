@@ -4,13 +4,13 @@
 #include <algorithm>
 #include <string>
 
+#include "boxed.h"
 #include "diffusion.h"
 #include "tensors.h"
 
 namespace soda {
 
 using MaybeTensor = std::optional<Tensor>;
-using Stack = StableIValue*;
 
 // As in soda_kernels/_philox.py.
 constexpr uint32_t timestep_stream = 0, noise_stream = 1, sampler_stream = 4;
@@ -19,7 +19,6 @@ constexpr uint32_t timestep_stream = 0, noise_stream = 1, sampler_stream = 4;
 std::string text_of(StringHandle handle);
 
 // Which of a boxed call's arguments the kernels take; the others are the reference's, and so are all errors in them.
-AtenTensorHandle tensor_at(Stack stack, int index);
 AtenTensorHandle maybe_tensor_at(Stack stack, int index);  // null for an absent one
 bool has_values(AtenTensorHandle image, bool or_pixels = false);  // an image that the kernels take, and not an empty one
 bool is_table(AtenTensorHandle table);
@@ -28,11 +27,6 @@ bool is_within(AtenTensorHandle indices, int64_t low, int64_t end);
 bool is_index(AtenTensorHandle index, int64_t low, int64_t end);  // one such number
 bool is_number(AtenTensorHandle tensor);
 int64_t length_of(AtenTensorHandle tensor);
-
-// Call a kernel with a boxed call's arguments, or where it does not take them the reference, under the name that
-// soda_kernels/_native.py gave it.
-void call_native(const char* reference, bool is_taken, void (*kernel)(Stack, uint64_t, uint64_t), Stack stack,
-                 uint64_t num_arguments, uint64_t num_outputs);
 
 // The number at an index of a tensor of one dimension, or of none.
 double number_at(const Tensor& tensor, int64_t index);

@@ -10,6 +10,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
+  const AttentionKernels* attention;
   const ConvolutionKernels* convolution;
   const GroupNormKernels* group_norm;
   const DiffusionKernels* diffusion;
@@ -28,10 +29,10 @@ bool has_avx512() {
 // Best first.
 const InstructionSet instruction_sets[] = {
 #if defined(__x86_64__)
-    {"avx512", &avx512::convolution, &avx512::group_norm, &avx512::diffusion, has_avx512()},
-    {"avx2", &avx2::convolution, &avx2::group_norm, &avx2::diffusion, has_avx2()},
+    {"avx512", &avx512::attention, &avx512::convolution, &avx512::group_norm, &avx512::diffusion, has_avx512()},
+    {"avx2", &avx2::attention, &avx2::convolution, &avx2::group_norm, &avx2::diffusion, has_avx2()},
 #endif
-    {"generic", &generic::convolution, &generic::group_norm, &generic::diffusion, true},
+    {"generic", &generic::attention, &generic::convolution, &generic::group_norm, &generic::diffusion, true},
 };
 
 const InstructionSet* best() {
@@ -44,9 +45,15 @@ std::atomic<const InstructionSet*> current{best()};
 
 }  // namespace
 
+const AttentionKernels& attention_kernels(int64_t head_dim) {
+  const InstructionSet* set = current.load(std::memory_order_relaxed);
+  while (head_dim % set->attention->lanes) ++set;  // each has what is above it
+  return *set->attention;
+}
+
 const ConvolutionKernels& convolution_kernels(int64_t channels, int64_t filters) {
   const InstructionSet* set = current.load(std::memory_order_relaxed);
-  while (channels % set->convolution->lanes || filters % set->convolution->lanes) ++set;  // each has what is above it
+  while (channels % set->convolution->lanes || filters % set->convolution->lanes) ++set;
   return *set->convolution;
 }
 

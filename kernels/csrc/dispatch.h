@@ -1,6 +1,7 @@
 // The instruction set that the kernels run with: the best that this processor has, or the one that was asked for.
 #pragma once
 
+#include "attention.h"
 #include "convolution.h"
 #include "diffusion.h"
 #include "group_norm.h"
@@ -9,6 +10,7 @@ namespace soda {
 
 // Of this set or a smaller one, whose vectors images of so many channels fill: both numbers must be multiples of 8.
 const ConvolutionKernels& convolution_kernels(int64_t channels, int64_t filters);
+const AttentionKernels& attention_kernels(int64_t head_dim);  // likewise
 const GroupNormKernels& group_norm_kernels();
 const DiffusionKernels& diffusion_kernels();
 

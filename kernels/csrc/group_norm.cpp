@@ -8,6 +8,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "boxed.h"
 #include "dispatch.h"
 #include "tensors.h"
 
@@ -207,10 +208,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   return {dx, dskip, dweight, dbias, dmodulations};
 }
 
-using Stack = StableIValue*;
-
-AtenTensorHandle tensor_at(Stack stack, int index) { return torch::stable::detail::to<AtenTensorHandle>(stack[index]); }
-
 // Whether an argument of type Tensor? is absent or of a dtype that the kernels know.
 bool is_known(StableIValue argument) {
   const auto* value = torch::stable::detail::to<StableIValue*>(argument);
@@ -234,16 +231,9 @@ bool is_native(AtenTensorHandle x, StableIValue weight, StableIValue bias, Stabl
   return true;
 }
 
-// Everything else is the reference's, which takes the arguments and leaves its results where they were.
-void call_reference(const char* name, Stack stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-}
-
 void boxed_forward(Stack stack, uint64_t num_arguments, uint64_t num_outputs) {
-  if (is_native(tensor_at(stack, 0), stack[3], stack[4], stack[5])) {
-    return TORCH_BOX(&forward)(stack, num_arguments, num_outputs);
-  }
-  call_reference("soda_kernels_native::modulated_group_norm", stack);
+  const bool is_taken = is_native(tensor_at(stack, 0), stack[3], stack[4], stack[5]);
+  call_native("soda_kernels_native::modulated_group_norm", is_taken, TORCH_BOX(&forward), stack, num_arguments, num_outputs);
 }
 
 void boxed_backward(Stack stack, uint64_t num_arguments, uint64_t num_outputs) {

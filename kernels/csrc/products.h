@@ -35,12 +35,22 @@ SODA_INLINE void for_panels(int64_t columns, F f) {
   }
 }
 
-// c[r, :] = sum over k of a[r, k] b[k, :], the rows of a and c `a_stride` and `c_stride` apart, those of b together.
 template <int rows, int vectors>
-SODA_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
-                               int64_t depth) {
+SODA_INLINE void store_sums(const Floats (&sums)[rows][vectors], float* c, int64_t stride, bool adds) {
+  for (int r = 0; r < rows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      float* const to = c + r * stride + v * lanes;
+      store(to, adds ? load(to) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+// c[r, :] = or, if it adds, += sum over k of a[r, k] b[k, :]; rows of each matrix are its stride apart.
+template <int rows, int vectors>
+SODA_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                               int64_t c_stride, int64_t depth, bool adds) {
   Floats sums[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, b += vectors * lanes) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Floats columns[vectors];
     for (int v = 0; v < vectors; ++v) columns[v] = load(b + v * lanes);
     for (int r = 0; r < rows; ++r) {
@@ -48,17 +58,15 @@ SODA_INLINE void multiply_rows(const float* a, int64_t a_stride, const float* b,
       for (int v = 0; v < vectors; ++v) sums[r][v] += factor * columns[v];
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) store(c + r * c_stride + v * lanes, sums[r][v]);
-  }
+  store_sums<rows, vectors>(sums, c, c_stride, adds);
 }
 
-// c[r, :] = or, if it adds, += sum over k of a[k, r] b[k, :]; as above, with the rows of a `a_stride` apart.
+// c[r, :] = or, if it adds, += sum over k of a[k, r] b[k, :]; as above.
 template <int rows, int vectors>
-SODA_INLINE void multiply_columns(const float* a, int64_t a_stride, const float* b, float* c, int64_t c_stride,
-                                  int64_t depth, bool adds) {
+SODA_INLINE void multiply_columns(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                                  int64_t c_stride, int64_t depth, bool adds) {
   Floats sums[rows][vectors] = {};
-  for (int64_t k = 0; k < depth; ++k, a += a_stride, b += vectors * lanes) {
+  for (int64_t k = 0; k < depth; ++k, a += a_stride, b += b_stride) {
     Floats columns[vectors];
     for (int v = 0; v < vectors; ++v) columns[v] = load(b + v * lanes);
     for (int r = 0; r < rows; ++r) {
@@ -66,12 +74,7 @@ SODA_INLINE void multiply_columns(const float* a, int64_t a_stride, const float*
       for (int v = 0; v < vectors; ++v) sums[r][v] += factor * columns[v];
     }
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int v = 0; v < vectors; ++v) {
-      float* const to = c + r * c_stride + v * lanes;
-      store(to, adds ? load(to) + sums[r][v] : sums[r][v]);
-    }
-  }
+  store_sums<rows, vectors>(sums, c, c_stride, adds);
 }
 
 // Call f(rows, first) for runs of rows, as many at a time as there are registers, then fewer.

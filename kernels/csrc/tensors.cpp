@@ -92,7 +92,6 @@ bool is_channels_last(const Tensor& tensor) {
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, bool channels_last) {
-  static const int32_t cpu = aoti_torch_device_type_cpu();
   std::vector<int64_t> strides(sizes.size());
   int64_t next = 1;
   for (size_t i = 0; i < sizes.size(); ++i) {
@@ -100,6 +99,11 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, bool channels_las
     strides[d] = next;
     next *= sizes[d] > 0 ? sizes[d] : 1;
   }
+  return empty_strided(sizes, strides, dtype);
+}
+
+Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
+  static const int32_t cpu = aoti_torch_device_type_cpu();
   // Called directly: through the dispatcher by name, an allocation takes over a microsecond.
   AtenTensorHandle tensor;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),

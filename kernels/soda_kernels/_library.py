@@ -24,6 +24,7 @@ _LIBRARIES = {name: torch.library.Library(name, "DEF") for name in (AUTO_NAMESPA
 Describe = Callable[..., tuple[str, dict[str, Any], str]]
 
 _DESCRIPTIONS: dict[str, Describe] = {}
+_CPU_FUNCTIONS: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -44,7 +45,7 @@ def define(
         reference: plain PyTorch, forward or closed-form backward; it must not call autograd and must not return an
             input. It runs with autocast off, since the op's arguments already have the dtypes it is meant to see.
         fake: takes the same arguments and returns empty tensors with the outputs' true shapes, dtypes and strides.
-        cpu: runs the op on tensors in main memory, where that is neither the reference nor the native library's.
+        cpu: runs the op on tensors in main memory where there is no native library, if the reference is not to.
         gpu: runs the op on tensors of a CUDA or ROCm device. It imports Triton inside, never when it is defined.
         describe: takes a device type and the op's arguments, and says what runs; only for devices with a kernel.
     """
@@ -53,12 +54,19 @@ def define(
         library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", _of_one_device(name, fake), lib=library)
     if cpu is not None:
-        _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(cpu), "CPU")
+        _CPU_FUNCTIONS[name] = cpu
     if gpu is not None:
         # PyTorch's builds for ROCm file their devices under the same key.
         _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(gpu), "CUDA")
     if describe is not None:
         _DESCRIPTIONS[name] = describe
+
+
+def do_without_native() -> None:
+    """Let the ops that have a function for CPU tensors run it; the native library would register its own."""
+    for name, function in _CPU_FUNCTIONS.items():
+        _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(function), "CPU")
+    _CPU_FUNCTIONS.clear()
 
 
 def description(name: str) -> Describe | None:

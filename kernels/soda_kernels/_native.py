@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from soda_kernels._library import REFERENCE_NAMESPACE
+from soda_kernels._library import REFERENCE_NAMESPACE, do_without_native
 
 # Both are left beside this file by the build (setup.py): the library, or one line on why there is none.
 LIBRARY = Path(__file__).with_name("libsoda_kernels.so")
@@ -24,7 +24,7 @@ ISAS = ("generic", "avx2", "avx512")
 ISA_VARIABLE = "SODA_CPU_ISA"
 
 # The families with native kernels; each lists its ops in its `native.FALLBACKS`.
-_FAMILIES = ("convolution", "group_norm", "diffusion")
+_FAMILIES = ("attention", "convolution", "group_norm", "diffusion")
 
 _library: ctypes.CDLL | None = None
 _reason = "it was not loaded"
@@ -64,26 +64,33 @@ def load() -> None:
     Raises:
         ValueError: SODA_CPU_ISA is no instruction set, or one that this processor or the library does not have.
     """
-    global _library, _reason
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted is not None and wanted not in ISAS:
         raise ValueError(f"{ISA_VARIABLE} is {wanted!r}; it must be one of {list(ISAS)}")
     if _library is None:
-        if not LIBRARY.exists():
-            noted = BUILD_NOTE.read_text().strip() if BUILD_NOTE.exists() else ""
-            _reason = noted or "it was not built; installing the package from its sources builds it"
-            return
-        try:
-            _define_fallbacks()
-            torch.ops.load_library(LIBRARY)
-            _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its C functions
-        except (OSError, RuntimeError) as error:
-            _reason = f"it does not load: {error}"
-            return
-        _library.soda_kernels_isa.restype = ctypes.c_char_p
-        _reason = "built and loaded"
-    if wanted is not None:
+        _load_library()
+    if _library is None:
+        do_without_native()
+    elif wanted is not None:
         use_isa(wanted)
+
+
+def _load_library() -> None:
+    """Load the library, or say why it cannot be."""
+    global _library, _reason
+    if not LIBRARY.exists():
+        noted = BUILD_NOTE.read_text().strip() if BUILD_NOTE.exists() else ""
+        _reason = noted or "it was not built; installing the package from its sources builds it"
+        return
+    try:
+        _define_fallbacks()
+        torch.ops.load_library(LIBRARY)
+        _library = ctypes.CDLL(str(LIBRARY))  # the same library again, for its C functions
+    except (OSError, RuntimeError) as error:
+        _reason = f"it does not load: {error}"
+        return
+    _library.soda_kernels_isa.restype = ctypes.c_char_p
+    _reason = "built and loaded"
 
 
 @functools.cache

@@ -84,9 +84,11 @@ def test_low_precision_is_within_the_tolerance_rule(dtype: torch.dtype, queries:
         assert_accurate(gradient, plain, exact_gradient, f"d{name}")
 
 
-@DTYPES
-def test_on_a_cpu_it_is_pytorchs_own_bit_for_bit(dtype: torch.dtype) -> None:
-    qkv = random_qkv(2, 49, 17, 3, 40, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.bfloat16, 40), (torch.float16, 40), (torch.float32, 12), (torch.float64, 40)], ids=str
+)
+def test_where_no_native_kernel_is_it_is_pytorchs_own_bit_for_bit(dtype: torch.dtype, head_dim: int) -> None:
+    qkv = random_qkv(2, 49, 17, 3, head_dim, dtype)
     actual = attention(*qkv, scale=0.2)
     theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv), scale=0.2).transpose(1, 2)
     do = torch.randn_like(actual)
@@ -95,8 +97,8 @@ def test_on_a_cpu_it_is_pytorchs_own_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(own, other)
 
 
-def test_a_packed_projection_is_not_copied_on_a_cpu() -> None:
-    qkv = torch.randn(2, 16, 3, 4, 8, requires_grad=True)
+def test_a_packed_projection_is_not_copied_by_pytorchs_kernel() -> None:
+    qkv = torch.randn(2, 16, 3, 4, 8, dtype=torch.bfloat16, requires_grad=True)
     with torch.profiler.profile() as profile:
         o = attention_qkvpacked(qkv)
     copies = {"aten::copy_", "aten::clone", "aten::contiguous", "aten::cat", "aten::stack"}

@@ -6,6 +6,8 @@ like q: for a q whose heads are outside its rows they are copied once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     """Run the op `attention`."""
     if is_empty(q):
         return reference.forward(q, k, v, scale)
+    _check(q, (k, v))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     o, lse = flash(*map(_heads_first, (q, k, v)), scale=scale)
     o = o.transpose(1, 2).contiguous()
@@ -29,6 +32,7 @@ def backward(
     """Run the op `attention_backward`."""
     if is_empty(q):
         return reference.backward(do, q, k, v, o, lse, scale)
+    _check(q, (k, v), (do, o))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     gradients = flash(*map(_heads_first, (do, q, k, v, o)), lse, 0.0, False, scale=scale)
     dq, dk, dv = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
@@ -45,6 +49,19 @@ def backward_qkvpacked(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, scale: f
 def is_empty(q: Tensor) -> bool:
     """Whether there is nothing to compute, which PyTorch's kernel does not take."""
     return q.numel() == 0
+
+
+def _check(q: Tensor, of_keys: Sequence[Tensor], of_queries: Sequence[Tensor] = ()) -> None:
+    """Raise where PyTorch's kernel would read beyond a tensor's end, which it does not notice.
+
+    Raises:
+        ValueError: the tensors do not belong together.
+    """
+    batch, _, heads, head_dim = q.shape
+    if any(each.shape != q.shape for each in of_queries) or any(
+        each.shape != (batch, of_keys[0].shape[1], heads, head_dim) for each in of_keys
+    ):
+        raise ValueError("q, k and v have shapes that do not belong together; they must be (B, T, H, D), (B, S, H, D)")
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from soda_kernels._library import define
+from soda_kernels._native import native_is_loaded, native_status
 from soda_kernels.attention import cpu, reference, sdpa
 from soda_kernels.attention.config import PYTORCH_VARIANTS, Problem, choose, explain_choice
 
@@ -44,6 +45,7 @@ def _without_backend(implementation: Callable[..., Any]) -> Callable[..., Any]:
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
+_CHANNEL_MULTIPLE = 8  # as in csrc/attention.cpp
 
 
 def _unsupported(*tensors: Tensor) -> str | None:
@@ -57,6 +59,20 @@ def _unsupported(*tensors: Tensor) -> str | None:
         return f"the kernels take head dims up to {_MAX_HEAD_DIM}"
     if max(map(_span, tensors)) >= 2**31:
         return "the kernels index inside a head in 32 bits"
+    return None
+
+
+def _unsupported_by_native(*qkv: Tensor) -> str | None:
+    """Say why the native library cannot take a call with these [B, T, H, D], or None if it can."""
+    if not native_is_loaded():
+        return "there is no native library"
+    q = qkv[0]
+    if q.dtype != torch.float32:
+        return f"the native kernels take fp32, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] % _CHANNEL_MULTIPLE:
+        return f"the native kernels take head dims that are multiples of {_CHANNEL_MULTIPLE}"
+    if any(tensor.stride(-1) != 1 for tensor in qkv):
+        return "the native kernels take rows whose numbers lie together"
     return None
 
 
@@ -119,7 +135,9 @@ def _describe(
     if device_type == "cpu":
         if cpu.is_empty(q):
             return "reference", {}, "nothing to compute"
-        return "torch", {}, "PyTorch's flash attention for CPUs"
+        if reason := _unsupported_by_native(q, k, others[0]):
+            return "torch", {}, f"PyTorch's flash attention for CPUs: {reason}"
+        return "native", {"isa": native_status().isa}, "the native library is loaded"
     if reason := _use_reference(backend, q, k, *others):
         return "reference", {}, reason
     problem = Problem.of(q, k, *others, backward=backward)
@@ -145,12 +163,19 @@ def _describe_backward_qkvpacked(device_type: str, *args: Any) -> tuple[str, dic
     return _describe(device_type, *qkv.unbind(2), do, backend=args[-1], backward=True)
 
 
+CPU_FUNCTIONS = {
+    "attention": _without_backend(cpu.forward),
+    "attention_backward": _without_backend(cpu.backward),
+    "attention_qkvpacked_backward": _without_backend(cpu.backward_qkvpacked),
+}
+"""What runs on tensors in main memory that the native library does not take."""
+
 define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, float scale, str? backend) -> (Tensor, Tensor)",
     reference=_without_backend(reference.forward),
     fake=_fake_forward,
-    cpu=_without_backend(cpu.forward),
+    cpu=CPU_FUNCTIONS["attention"],
     gpu=_gpu_forward,
     describe=_describe_forward,
 )
@@ -160,7 +185,7 @@ define(
     "-> (Tensor, Tensor, Tensor)",
     reference=_without_backend(reference.backward),
     fake=_fake_backward,
-    cpu=_without_backend(cpu.backward),
+    cpu=CPU_FUNCTIONS["attention_backward"],
     gpu=_gpu_backward,
     describe=_describe_backward,
 )
@@ -169,7 +194,7 @@ define(
     "(Tensor do, Tensor qkv, Tensor o, Tensor lse, float scale, str? backend) -> Tensor",
     reference=_without_backend(reference.backward_qkvpacked),
     fake=_fake_backward_qkvpacked,
-    cpu=_without_backend(cpu.backward_qkvpacked),
+    cpu=CPU_FUNCTIONS["attention_qkvpacked_backward"],
     gpu=_gpu_backward_qkvpacked,
     describe=_describe_backward_qkvpacked,
 )

@@ -1,0 +1,6 @@
+"""What the native library calls for the attention that it has no kernels for: PyTorch's own, for CPUs."""
+
+from soda_kernels._native import Fallback
+from soda_kernels.attention import ops
+
+FALLBACKS = tuple(Fallback(name, function) for name, function in ops.CPU_FUNCTIONS.items())
