@@ -85,7 +85,8 @@ def test_low_precision_is_within_the_tolerance_rule(dtype: torch.dtype, queries:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim"), [(torch.bfloat16, 40), (torch.float16, 40), (torch.float32, 12), (torch.float64, 40)], ids=str
+    ("dtype", "head_dim"), [(torch.bfloat16, 40), (torch.float16, 40), (torch.float64, 40), (torch.float32, 12)],
+    ids=str,
 )
 def test_where_no_native_kernel_is_it_is_pytorchs_own_bit_for_bit(dtype: torch.dtype, head_dim: int) -> None:
     qkv = random_qkv(2, 49, 17, 3, head_dim, dtype)

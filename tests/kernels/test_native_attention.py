@@ -18,7 +18,7 @@ _native.load()
 pytestmark = pytest.mark.skipif(not _native.native_status().available, reason=str(_native.native_status()))
 
 # Batch, queries, keys, heads, head dim: one query, one key, keys that fill no vector, panels of every width, head dims
-# that no wide vector fills, several blocks of keys forward (of 512) and backward (of 256), a last block of one key.
+# that no wide vector fills, several blocks of 256 keys, a last one of one key.
 SHAPES = [
     (2, 1, 17, 3, 8),
     (3, 17, 2, 2, 32),

@@ -14,9 +14,8 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from soda_engine.models.convolution import Conv1x1, Conv3x3
+from soda_engine.models.convolution import Conv1x1, Conv3x3, pixels_first, pixels_last
 from soda_engine.models.recomputation import (
     Recompute,
     calling,
@@ -139,11 +138,8 @@ class ResidualBlock(nn.Module):
         if not isinstance(x, tuple):
             x = self._resampled(formed(x))
             return x if self.shortcut is None else self.shortcut(x)
-        # A 1x1 convolution of a concatenation is the sum of one over each part, with that part's columns.
         assert self.shortcut is not None
-        h, skip = x
-        on_h, on_skip = self.shortcut.weight.split((self.in_channels, self.skip_channels), dim=1)
-        return F.conv2d(h, on_h, self.shortcut.bias) + F.conv2d(skip, on_skip)
+        return self.shortcut.of_pair(*x)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "down":
@@ -189,8 +185,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Image) -> ResidualSum:
         """[N, C, H, W] -> [N, C, H, W]."""
         h = normalized(self.norm, x)
-        qkv = _pixels_last(_projected(self, self.qkv, x, h)).unflatten(2, (3, self.num_heads, self.head_dim))
-        h = self.proj(_pixels_first(attention_qkvpacked(qkv), h.shape[2:]))
+        qkv = pixels_last(_projected(self, self.qkv, x, h)).unflatten(2, (3, self.num_heads, self.head_dim))
+        h = self.proj(pixels_first(attention_qkvpacked(qkv).flatten(2), h.shape[2:]))
         return ResidualSum(formed(x), h, self.residual_scale)
 
 
@@ -218,9 +214,9 @@ class CrossAttentionBlock(nn.Module):
     def forward(self, x: Image, tokens: Tensor) -> ResidualSum:
         """[N, C, H, W] and [N, m + 1, token_dim] -> [N, C, H, W]."""
         h = normalized(self.norm, x)
-        q = _pixels_last(_projected(self, self.q, x, h)).unflatten(2, (self.num_heads, self.head_dim))
+        q = pixels_last(_projected(self, self.q, x, h)).unflatten(2, (self.num_heads, self.head_dim))
         k, v = self.kv(tokens).unflatten(2, (2, self.num_heads, self.head_dim)).unbind(2)
-        h = self.proj(_pixels_first(attention(q, k, v), h.shape[2:]))
+        h = self.proj(pixels_first(attention(q, k, v).flatten(2), h.shape[2:]))
         return ResidualSum(formed(x), h, self.residual_scale)
 
 
@@ -251,13 +247,3 @@ def _num_heads(channels: int, head_dim: int) -> int:
     if head_dim < 1 or channels % head_dim:
         raise ValueError(f"head_dim is {head_dim}; it must divide the {channels} channels that attend")
     return channels // head_dim
-
-
-def _pixels_last(x: Tensor) -> Tensor:
-    """View [N, C, H, W], contiguous or channels_last, as [N, H * W, C]."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def _pixels_first(o: Tensor, sides: Sequence[int]) -> Tensor:
-    """View attention's output [N, H * W, heads, head_dim] as a channels_last [N, C, H, W]."""
-    return o.flatten(2).transpose(1, 2).unflatten(2, sides)

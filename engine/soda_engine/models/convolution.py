@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,10 +34,35 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H, W]."""
-        if (
-            x.device.type != "cpu" or self.out_channels < self.in_channels
-            or not x.is_contiguous(memory_format=torch.channels_last)
-        ):  # fmt: skip
+        if self.out_channels < self.in_channels or not _is_matrix(x):
             return super().forward(x)
-        pixels = F.linear(x.flatten(2).transpose(1, 2), self.weight.flatten(1), self.bias)  # views, either way
-        return pixels.transpose(1, 2).unflatten(2, x.shape[2:])
+        return pixels_first(F.linear(pixels_last(x), self.weight.flatten(1), self.bias), x.shape[2:])
+
+    def of_pair(self, h: Tensor, skip: Tensor) -> Tensor:
+        """Convolve the concatenation of two images along their channels, which is never made.
+
+        It is the sum of a convolution of each, with that part's columns. As products of matrices on two EPYC cores it
+        took 0.4 to 0.95 of the time of two of oneDNN's convolutions and a sum, forward and backward, narrowing or not.
+        """
+        on_h, on_skip = self.weight.split((h.shape[1], skip.shape[1]), dim=1)
+        if not (_is_matrix(h) and _is_matrix(skip)):
+            return F.conv2d(h, on_h, self.bias) + F.conv2d(skip, on_skip)
+        assert self.bias is not None
+        y = torch.addmm(self.bias, pixels_last(h).flatten(0, 1), on_h.flatten(1).t())
+        y = torch.addmm(y, pixels_last(skip).flatten(0, 1), on_skip.flatten(1).t())
+        return pixels_first(y.unflatten(0, (h.shape[0], -1)), h.shape[2:])
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether an image is [pixels, channels] in the memory of a CPU."""
+    return x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def pixels_last(x: Tensor) -> Tensor:
+    """View [N, C, H, W], contiguous or channels_last, as [N, H * W, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def pixels_first(pixels: Tensor, sides: Sequence[int]) -> Tensor:
+    """View [N, H * W, C] as a channels_last [N, C, H, W]."""
+    return pixels.transpose(1, 2).unflatten(2, sides)
