@@ -60,6 +60,14 @@ ATTENTION_SHAPES = {
         AttentionShape(  4,   33,  3,  64, keys=13),
         AttentionShape(  4,    1,  3,  64, keys=257),
     )),
+    # What the small models of the suite e2e have, a training step's and a sampled batch's.
+    "small": ShapeSet(128, (
+        AttentionShape(128,   64,  1,  24),
+        AttentionShape( 64,   64,  1,  24),
+        AttentionShape(128,   16,  2,  16),
+        AttentionShape( 32,  256,  2,  32),
+        AttentionShape( 32,   64,  2,  32),
+    )),
     # For rehearsals of the suite itself.
     "tiny": ShapeSet(2, (
         AttentionShape(  2,   16,  2,  16),

@@ -18,7 +18,7 @@ from benchmarks.end_to_end.problems import LAYOUTS, EndToEndProblem, flat
 from benchmarks.providers import BASELINE, OURS, compiled
 from benchmarks.steps import Step
 from soda_engine.models.soda import Soda, load_weights, save_weights
-from soda_engine.train.compiling import Compile
+from soda_engine.train.compiling import Compile, compile_model
 from soda_engine.train.trainer import Trainer
 
 COMPILE, OWN_COMPILED = "compile", "ours-compiled"
@@ -90,7 +90,11 @@ def own_train_step(problem: EndToEndProblem, *, compile: Compile = "none") -> Bu
         loss = torch.tensor(trainer.read()["loss"])
         return _moves(problem, trainer.optimizer, trainer.model, trainer.ema.model, loss)
 
-    return Built(call=call, observe=observe, config={} if compile == "none" else {"compile": compile})
+    return Built(call=call, observe=observe, config=_described(compile))
+
+
+def _described(compile: Compile) -> dict[str, Any]:
+    return {} if compile == "none" else {"compile": compile}
 
 
 def plain_train_step(
@@ -156,15 +160,16 @@ def _own_model(problem: EndToEndProblem) -> Soda:
     return load_weights(path).to(problem.device)
 
 
-def own_sample(problem: EndToEndProblem) -> Built:
-    """The engine's `Soda.sample`."""
+def own_sample(problem: EndToEndProblem, *, compile: Compile = "none") -> Built:
+    """The engine's `Soda.sample`, as `soda-engine sample` runs it, `--compile` or not."""
     model = _own_model(problem)
+    compile_model(model.denoiser, compile, problem.device)
 
     def call() -> tuple[Tensor]:
         with torch.autocast(problem.device.type, torch.bfloat16, enabled=problem.bf16):
             return (model.sample(problem.z, num_steps=problem.case.num_steps, x_T=problem.x_T),)
 
-    return Built(call=call, observe=call)
+    return Built(call=call, observe=call, config=_described(compile))
 
 
 def plain_sample(
@@ -231,9 +236,9 @@ def contenders(op: str, dtype: str) -> list[Contender]:
     """List who runs an op; in fp32 also this engine's training step in bf16, its default where there is bf16."""
     own_dtypes = (dtype, "bf16") if op == "train_step" and dtype == "fp32" else (dtype,)
     found = [Contender(provider=OURS, variant=own, dtype=own, build=_OWN[op]) for own in own_dtypes]
-    if op == "train_step":
-        on_gpu = torch.cuda.is_available()  # where it is launches that compiling can save
-        build = partial(own_train_step, compile="graphs" if on_gpu else "default")
+    if op != "encode":
+        on_gpu = torch.cuda.is_available()  # where it is launches that compiling can save; sampling graphs itself there
+        build = partial(_OWN[op], compile="graphs" if on_gpu and op == "train_step" else "default")
         found.append(Contender(provider=OWN_COMPILED, variant=dtype, dtype=dtype, build=build, by_default=on_gpu))
     # torch.compile chooses the layout of convolutions itself: from contiguous images it took 0.98 to 1.06 times as long
     # on two EPYC cores, where compiling took minutes.

@@ -24,6 +24,7 @@ from soda_engine.config import from_dict, to_dict
 from soda_engine.data.datasets import open_dataset
 from soda_engine.evaluation.features import load_features
 from soda_engine.models.soda import load_weights
+from soda_engine.models.unet import Denoiser
 from soda_engine.train.checkpoint import Progress, list_checkpoints, save_checkpoint
 from soda_engine.train.optim import build_optimizer
 from tests.engine.tiny import tiny_run
@@ -159,6 +160,16 @@ def test_sample(call: Call, saved_run: Path, tmp_path: Path, mode: list[str], sh
     assert result.out == "out/samples.png\n" and [path.name for path in (tmp_path / "out").iterdir()] == ["samples.png"]
     rows, columns = rows_and_columns(tmp_path / "out" / "samples.png")
     assert rows in (shape[0], shape[0] + 1) and columns in range(shape[1], shape[1] + 3)  # labels take some room
+
+
+def test_a_denoiser_is_compiled_where_that_is_asked_for(
+    call: Call, saved_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(Denoiser, "compile", lambda _denoiser, **options: compiled.append(options))
+    for flags in ([], ["--compile"]):
+        assert call("sample", saved_run, "--mode", "unguided", "--num", "1", "--out", "out", *QUICK, *flags).code == 0
+    assert compiled == [{"fullgraph": True, "mode": None}]
 
 
 def test_samples_depend_on_the_seed_alone(call: Call, saved_run: Path, tmp_path: Path) -> None:

@@ -11,17 +11,22 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from soda_engine.models.soda import Soda
+from soda_engine.models.unet import Denoiser
 from soda_engine.records import read_json_lines
+from soda_engine.train.compiling import compile_model
 from soda_engine.train.trainer import Trainer
 from tests.engine.tiny import tiny_run
+from tests.engine.tiny_soda import tiny_soda
+
+
+def traced(model: nn.Module, **options: Any) -> None:
+    """In place of a module's `compile`: without a C++ compiler's minutes."""
+    assert options == {"fullgraph": True, "mode": None}
+    nn.Module.compile(model, fullgraph=True, backend="aot_eager")
 
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_same_run_in_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def traced(model: nn.Module, **options: Any) -> None:
-        assert options == {"fullgraph": True, "mode": None}
-        nn.Module.compile(model, fullgraph=True, backend="aot_eager")  # without a C++ compiler's minutes
-
     monkeypatch.setattr(Soda, "compile", traced)
     torch._dynamo.reset()
     counters.clear()
@@ -35,6 +40,21 @@ def test_a_compiled_run_is_the_same_run_in_one_graph(tmp_path: Path, monkeypatch
     assert names == set(Soda(trainer.config.model).state_dict())
     assert len(losses["none"]) == 6
     assert losses["default"] == pytest.approx(losses["none"], rel=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_samples_the_same_images_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Denoiser, "compile", traced)
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = tiny_soda().eval()
+    z = torch.randn(4, model.config.latent.dim)
+    options = {"num_steps": 4, "cfg_scale": 2.0, "seed": 3}
+    expected = model.sample(z, **options)
+    compile_model(model.denoiser, "default", model.device)
+    torch.testing.assert_close(model.sample(z, **options), expected, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
 
 

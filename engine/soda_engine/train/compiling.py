@@ -1,4 +1,4 @@
-"""A training step's model under torch.compile, alone or with CUDA graphs."""
+"""Models under torch.compile, alone or with CUDA graphs."""
 
 from __future__ import annotations
 
