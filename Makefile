@@ -29,7 +29,7 @@ test: $(READY)  ## run every test
 
 bench: $(READY)  ## measure kernels and whole steps on this CPU in under ten minutes; rows in runs/bench
 	@mkdir -p runs/bench
-	$(BIN)/python -m benchmarks run --suite norm,attention,diffusion,e2e --cases cifar,digits,unet-32 \
+	$(BIN)/python -m benchmarks run --suite norm,attention,diffusion,e2e --cases cifar,digits,cifar10-small \
 		--modes fwd,fwd+bwd --dtype fp32 --brief --json runs/bench/$$(date -u +%Y-%m-%d-%H%M%S).jsonl
 
 carry: $(READY)  ## gather in carried/ what a GPU machine without network lacks; DATA=DIR takes CIFAR-10 along
