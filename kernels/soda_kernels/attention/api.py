@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soda_kernels import _checks
-from soda_kernels._autograd import first_derivative_only
+from soda_kernels._autograd import first_derivative_only, is_differentiated
 from soda_kernels._backend import current_ops, is_reference
 from soda_kernels.attention import ops as _ops  # noqa: F401  registers the ops
 from soda_kernels.attention.config import BACKENDS
@@ -51,6 +51,8 @@ def attention(
             raise TypeError(f"{name} has dtype {tensor.dtype} and q {q.dtype}; they must be the same")
         _checks.check_device(name, tensor, "q", q)
     _check_backend(backend, q)
+    if not is_differentiated(q, k, v):
+        return current_ops().attention.default(q, k, v, _scale(q, scale), backend)[0]
     return _Attention.apply(q, k, v, _scale(q, scale), backend)
 
 
@@ -75,6 +77,8 @@ def attention_qkvpacked(qkv: Tensor, *, scale: float | None = None, backend: str
     if qkv.shape[1] == 0:
         raise ValueError(f"qkv has shape {tuple(qkv.shape)}; it must have at least one position")
     _check_backend(backend, qkv)
+    if not is_differentiated(qkv):
+        return current_ops().attention.default(*qkv.unbind(2), _scale(qkv, scale), backend)[0]
     return _AttentionQkvPacked.apply(qkv, _scale(qkv, scale), backend)
 
 
