@@ -95,14 +95,14 @@ class _PictureCommand(_ModelCommand):
     """Image files to use; images of the test set if not given."""
     indices: tuple[int, ...] = ()
     """Which images of the test set to use; the first ones if not given."""
-    compile: bool = False
+    compile: Literal["none", "default"] = "none"
     """Compile the denoiser with torch.compile: up to minutes at the start, less time a step."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
 
     def load(self) -> Soda:
         """Load the model, on the device, its denoiser compiled if asked for."""
         model = super().load()
-        compile_model(model.denoiser, "default" if self.compile else "none", model.device)
+        compile_model(model.denoiser, self.compile, model.device)
         return model
 
     def pictures(self, model: Soda, num: int) -> Tensor:

@@ -3,7 +3,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <string>
 #include <tuple>
 
 #include "boxed.h"
@@ -13,11 +12,17 @@
 namespace soda {
 namespace {
 
-using Backend = std::optional<std::string>;  // of GPUs; on a CPU there is nothing to choose
+// Of GPUs: on a CPU there is nothing to choose.
+using Backend = std::optional<StringHandle>;
+
+void drop(const Backend& backend) {
+  if (backend) STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(*backend));
+}
 
 // What the head dim is a multiple of.
 constexpr int64_t channel_multiple = 8;
-// Multiplications of a product that are worth a thread, and queries of a unit where a head is cut.
+// Multiplications of a product that are worth a thread, and queries of a unit where a head is cut: as many as the kernel
+// takes together.
 constexpr int64_t products_of_a_thread = 1 << 17, least_queries = 24;
 
 float* data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
@@ -58,7 +63,8 @@ int64_t grain(const Attention& of, int64_t queries) {
   return std::max<int64_t>(1, products_of_a_thread / (queries * of.keys * of.head_dim));
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Backend&) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Backend& backend) {
+  drop(backend);
   auto of = call_of<AttentionForward>(q, k, v, scale);
   const int32_t dtype = torch_dtype(q);
   Tensor o = empty({of.batch, of.queries, of.heads, of.head_dim}, dtype);
@@ -86,7 +92,8 @@ void run_backward(AttentionBackward& of, const Tensor& gradient_, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gradient, const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& o, const Tensor& lse, double scale, const Backend&) {
+                                            const Tensor& o, const Tensor& lse, double scale, const Backend& backend) {
+  drop(backend);
   auto of = call_of<AttentionBackward>(q, k, v, scale);
   const int32_t dtype = torch_dtype(q);
   Tensor dq = empty({of.batch, of.queries, of.heads, of.head_dim}, dtype);
@@ -98,7 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gradient, const Tensor
 }
 
 Tensor backward_qkvpacked(const Tensor& gradient, const Tensor& qkv, const Tensor& o, const Tensor& lse, double scale,
-                          const Backend&) {
+                          const Backend& backend) {
+  drop(backend);
   AttentionBackward of;
   of.batch = qkv.size(0), of.queries = of.keys = qkv.size(1), of.heads = qkv.size(3), of.head_dim = qkv.size(4);
   of.scale = static_cast<float>(scale);
@@ -132,8 +140,9 @@ bool is_native(const Tensor& q, const Tensor& k, const Tensor& v) {
   return has_sizes(k, of_keys) && has_sizes(v, of_keys);
 }
 
-bool is_native_backward(Stack stack, int first, int64_t batch, int64_t queries, int64_t heads, int64_t head_dim) {
-  const Tensor gradient = another_handle(stack, 0), o = another_handle(stack, first), lse = another_handle(stack, first + 1);
+bool is_native_backward(Stack stack, int o_index, int64_t batch, int64_t queries, int64_t heads, int64_t head_dim) {
+  const Tensor gradient = another_handle(stack, 0);
+  const Tensor o = another_handle(stack, o_index), lse = another_handle(stack, o_index + 1);
   const std::vector<int64_t> sizes = {batch, queries, heads, head_dim};
   return is_float(gradient, 4) && has_sizes(gradient, sizes) && has_rows(o, 4) && has_sizes(o, sizes) && is_float(lse, 3) &&
          has_sizes(lse, {batch, heads, queries});

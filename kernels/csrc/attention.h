@@ -3,8 +3,8 @@
 //     S = scale Q K'      lse = log sum exp S      P = exp(S - lse)      O = P V
 //     dV = P' dO      dS = scale P (dO V' - sum_d O dO)      dQ = dS K      dK = dS' Q
 //
-// Of [B, T, H, D], in float. What lies transposed in a product, keys and values, is packed for it once a head. Keys go in
-// blocks, whose scores stay in the second-level cache; from one block to the next a row keeps its greatest score and its
+// Of [B, T, H, D], in float. What lies transposed in a product, keys and in the backward values, is packed for it, once for
+// each unit of work; all else is read where it lies. Keys go in blocks, whose scores stay in the second-level cache; from one block to the next a row keeps its greatest score and its
 // sum (the online softmax of Milakov and Gimelshein 2018). No result depends on the number of threads.
 #pragma once
 

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "products.h"
 #include "silu.h"
@@ -12,9 +13,9 @@
 namespace soda::SODA_ISA {
 namespace {
 
-// Keys of a block, and queries that look at one together: their scores take 24 KiB. In the backward, numbers of each of
-// the two matrices that a run of queries has: the more queries, the fewer times sums over them are written and read. On two
-// cores of an EPYC of the Zen 3 generation half and twice as many of each were the same within noise, for 64 to 4096 keys;
+// Keys of a block, and queries that look at one together: their scores take 24 KiB. In the backward, scores of a run of
+// queries and a block, of which there are two matrices: the more queries, the fewer times sums over them are written and
+// read. On two cores of an EPYC of the Zen 3 generation half and twice as many of each were the same within noise, for 64 to 4096 keys;
 // but with blocks of 512 keys a forward of 1024 took 10% longer.
 constexpr int64_t block_keys = 256, forward_queries = 24, backward_scores = 1 << 14;
 constexpr int64_t row_multiple = 12;  // which suits the rows of a product in registers
@@ -104,7 +105,8 @@ void scale_row(float* row, int64_t columns, float factor) {
 
 // What a query has seen of its scores in the blocks so far.
 struct Seen {
-  float greatest = -INFINITY, sum = 0.0f;  // of exp(score - greatest)
+  // Not infinite: a block whose scores are all -inf is to weigh nothing, where inf - inf would be a NaN.
+  float greatest = -std::numeric_limits<float>::max(), sum = 0.0f;  // of exp(score - greatest)
 };
 
 // Replace the scores of a block by exp(score - greatest); returns what sums over earlier blocks have to be scaled by.

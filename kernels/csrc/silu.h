@@ -71,7 +71,8 @@ SODA_INLINE void exponential_of_negative(Floats (&x)[count]) {
 #if defined(__AVX512F__)
   for (int i = 0; i < count; ++i) x[i] = _mm512_scalef_ps(sum[i], n[i]);
 #else
-  for (int i = 0; i < count; ++i) x[i] = as_floats(as_words(sum[i]) + (as_words(shifted[i]) << 23));
+  // A product with 2^n, not a sum of exponents, which would make a number of a NaN.
+  for (int i = 0; i < count; ++i) x[i] = sum[i] * as_floats((as_words(shifted[i]) + 127u) << 23);
 #endif
 }
 

@@ -24,6 +24,7 @@ bool is_channels_last(const Tensor& tensor);
 // An uninitialized CPU tensor, dense in the layout.
 Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, bool channels_last = false);
 
+// The same with strides of the caller's.
 Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype);
 
 // `like`'s shape with another number of channels.

@@ -45,19 +45,19 @@ def define(
         reference: plain PyTorch, forward or closed-form backward; it must not call autograd and must not return an
             input. It runs with autocast off, since the op's arguments already have the dtypes it is meant to see.
         fake: takes the same arguments and returns empty tensors with the outputs' true shapes, dtypes and strides.
-        cpu: runs the op on tensors in main memory where there is no native library, if the reference is not to.
+        cpu: runs the op on tensors in main memory where there is no native library, in place of the reference.
         gpu: runs the op on tensors of a CUDA or ROCm device. It imports Triton inside, never when it is defined.
         describe: takes a device type and the op's arguments, and says what runs; only for devices with a kernel.
     """
     for namespace, library in _LIBRARIES.items():
         library.define(name + schema)
-        library.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+        library.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{name}", _of_one_device(name, fake), lib=library)
     if cpu is not None:
-        _CPU_FUNCTIONS[name] = cpu
+        _CPU_FUNCTIONS[name] = without_autocast(cpu)
     if gpu is not None:
         # PyTorch's builds for ROCm file their devices under the same key.
-        _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(gpu), "CUDA")
+        _LIBRARIES[AUTO_NAMESPACE].impl(name, without_autocast(gpu), "CUDA")
     if describe is not None:
         _DESCRIPTIONS[name] = describe
 
@@ -65,7 +65,7 @@ def define(
 def do_without_native() -> None:
     """Let the ops that have a function for CPU tensors run it; the native library would register its own."""
     for name, function in _CPU_FUNCTIONS.items():
-        _LIBRARIES[AUTO_NAMESPACE].impl(name, _without_autocast(function), "CPU")
+        _LIBRARIES[AUTO_NAMESPACE].impl(name, function, "CPU")
     _CPU_FUNCTIONS.clear()
 
 
@@ -91,7 +91,7 @@ def _of_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Run an implementation with autocast off, on the device of its first tensor argument."""
 
     @functools.wraps(implementation)

@@ -21,6 +21,7 @@ LIBRARY = Path(__file__).with_name("libsoda_kernels.so")
 BUILD_NOTE = Path(__file__).with_name("native_build.txt")
 
 ISAS = ("generic", "avx2", "avx512")
+_LANES = {"avx2": 8, "avx512": 16}  # the first takes any rows that the kernels do
 ISA_VARIABLE = "SODA_CPU_ISA"
 
 # The families with native kernels; each lists its ops in its `native.FALLBACKS`.
@@ -165,6 +166,14 @@ def in_words(refusal: RuntimeError, op: str, *arguments: Any) -> Exception:
     except Exception as error:
         return error
     return refusal
+
+
+def isa_of_widths(*widths: int) -> str | None:
+    """Name the instruction set that takes rows of such numbers of floats: whole vectors, or a smaller set runs."""
+    isa = native_status().isa
+    while isa in _LANES and any(width % _LANES[isa] for width in widths):
+        isa = ISAS[ISAS.index(isa) - 1]
+    return isa
 
 
 def native_is_loaded() -> bool:

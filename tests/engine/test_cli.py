@@ -167,7 +167,7 @@ def test_a_denoiser_is_compiled_where_that_is_asked_for(
 ) -> None:
     compiled: list[dict[str, Any]] = []
     monkeypatch.setattr(Denoiser, "compile", lambda _denoiser, **options: compiled.append(options))
-    for flags in ([], ["--compile"]):
+    for flags in ([], ["--compile", "default"]):
         assert call("sample", saved_run, "--mode", "unguided", "--num", "1", "--out", "out", *QUICK, *flags).code == 0
     assert compiled == [{"fullgraph": True, "mode": None}]
 

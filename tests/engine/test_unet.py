@@ -198,13 +198,18 @@ def test_a_block_sees_its_own_section_alone(pairing: str, in_block: bool) -> Non
     ("resample", "skip_channels"), [(None, 0), (None, 4), ("down", 0), ("up", 0)], ids=["plain", "pair", "down", "up"]
 )
 @pytest.mark.parametrize("out_channels", [8, 12])
-def test_residual_block_is_its_formula(out_channels: int, resample: Any, skip_channels: int) -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_residual_block_is_its_formula(
+    layout: torch.memory_format, out_channels: int, resample: Any, skip_channels: int
+) -> None:
     block = ResidualBlock(
         8, out_channels, time_dim=6, section_dim=5, num_groups=4, skip_channels=skip_channels, resample=resample,
         residual_scale=0.5,
     ).double()  # fmt: skip
     randomize(block)
-    h, skip = torch.randn(2, 8, 6, 4).double(), torch.randn(2, skip_channels, 6, 4).double()
+    h, skip = (
+        torch.randn(2, channels, 6, 4).double().contiguous(memory_format=layout) for channels in (8, skip_channels)
+    )
     time, section = torch.randn(2, 6).double(), torch.randn(2, 5).double()
     x = torch.cat((h, skip), 1)
 
@@ -224,6 +229,21 @@ def test_residual_block_is_its_formula(out_channels: int, resample: Any, skip_ch
     assert (block.shortcut is None) == (out_channels == 8 and not skip_channels)
     out = block((h, skip) if skip_channels else h, time, section).tensor()
     torch.testing.assert_close(out, (y + shortcut) * 0.5)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_convolution_of_a_pair_is_that_of_its_concatenation(layout: torch.memory_format, batch: int) -> None:
+    conv = Conv1x1(11, 6).double().to(memory_format=layout)
+    pair = [torch.randn(batch, channels, 4, 3).double().contiguous(memory_format=layout) for channels in (7, 4)]
+    leaves = [each.requires_grad_() for each in (*pair, conv.weight, conv.bias)]
+    y, expected = conv.of_pair(*pair), F.conv2d(torch.cat(pair, 1), conv.weight, conv.bias)
+    torch.testing.assert_close(y, expected)
+    assert y.is_contiguous(memory_format=layout)
+    dy = torch.randn_like(expected)
+    gradients = zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True)
+    for ours, theirs in gradients:
+        torch.testing.assert_close(ours, theirs)
 
 
 def norm(module: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Conv1x1(nn.Conv2d):
         assert self.bias is not None
         y = torch.addmm(self.bias, pixels_last(h).flatten(0, 1), on_h.flatten(1).t())
         y = torch.addmm(y, pixels_last(skip).flatten(0, 1), on_skip.flatten(1).t())
-        return pixels_first(y.unflatten(0, (h.shape[0], -1)), h.shape[2:])
+        return pixels_first(y.unflatten(0, (h.shape[0], h.shape[2] * h.shape[3])), h.shape[2:])
 
 
 def _is_matrix(x: Tensor) -> bool:

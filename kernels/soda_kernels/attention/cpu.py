@@ -1,4 +1,4 @@
-"""Attention on a CPU: PyTorch's own flash attention, which is good there, behind the same ops.
+"""Attention on a CPU where the native library has no kernel: PyTorch's own flash attention, behind the same ops.
 
 Nothing is copied where rows of heads lie together, as a projection writes them. PyTorch's kernel lays its results out
 like q: for a q whose heads are outside its rows they are copied once.
@@ -18,7 +18,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     """Run the op `attention`."""
     if is_empty(q):
         return reference.forward(q, k, v, scale)
-    _check(q, (k, v))
+    _check(q, k, v)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     o, lse = flash(*map(_heads_first, (q, k, v)), scale=scale)
     o = o.transpose(1, 2).contiguous()
@@ -32,7 +32,7 @@ def backward(
     """Run the op `attention_backward`."""
     if is_empty(q):
         return reference.backward(do, q, k, v, o, lse, scale)
-    _check(q, (k, v), (do, o))
+    _check(q, k, v, of_queries=(do, o), lse=lse)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     gradients = flash(*map(_heads_first, (do, q, k, v, o)), lse, 0.0, False, scale=scale)
     dq, dk, dv = (gradient.transpose(1, 2).contiguous() for gradient in gradients)
@@ -51,17 +51,20 @@ def is_empty(q: Tensor) -> bool:
     return q.numel() == 0
 
 
-def _check(q: Tensor, of_keys: Sequence[Tensor], of_queries: Sequence[Tensor] = ()) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, *, of_queries: Sequence[Tensor] = (), lse: Tensor | None = None) -> None:
     """Raise where PyTorch's kernel would read beyond a tensor's end, which it does not notice.
 
     Raises:
-        ValueError: the tensors do not belong together.
+        ValueError: a tensor has another shape than the others ask for, or there is no key.
     """
-    batch, _, heads, head_dim = q.shape
-    if any(each.shape != q.shape for each in of_queries) or any(
-        each.shape != (batch, of_keys[0].shape[1], heads, head_dim) for each in of_keys
-    ):
-        raise ValueError("q, k and v have shapes that do not belong together; they must be (B, T, H, D), (B, S, H, D)")
+    batch, queries, heads, head_dim = q.shape
+    keys = (batch, max(1, k.shape[1]), heads, head_dim)
+    wanted = [(k, keys), (v, keys), *((each, tuple(q.shape)) for each in of_queries)]
+    if lse is not None:
+        wanted.append((lse, (batch, heads, queries)))
+    for tensor, shape in wanted:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"a tensor of attention has shape {tuple(tensor.shape)}; it must be {shape}")
 
 
 def _heads_first(x: Tensor) -> Tensor:

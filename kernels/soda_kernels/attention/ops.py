@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soda_kernels._library import define
-from soda_kernels._native import native_is_loaded, native_status
+from soda_kernels._native import isa_of_widths, native_is_loaded
 from soda_kernels.attention import cpu, reference, sdpa
 from soda_kernels.attention.config import PYTORCH_VARIANTS, Problem, choose, explain_choice
 
@@ -137,7 +137,7 @@ def _describe(
             return "reference", {}, "nothing to compute"
         if reason := _unsupported_by_native(q, k, others[0]):
             return "torch", {}, f"PyTorch's flash attention for CPUs: {reason}"
-        return "native", {"isa": native_status().isa}, "the native library is loaded"
+        return "native", {"isa": isa_of_widths(q.shape[-1])}, "the native library is loaded"
     if reason := _use_reference(backend, q, k, *others):
         return "reference", {}, reason
     problem = Problem.of(q, k, *others, backward=backward)
@@ -164,9 +164,12 @@ def _describe_backward_qkvpacked(device_type: str, *args: Any) -> tuple[str, dic
 
 
 CPU_FUNCTIONS = {
-    "attention": _without_backend(cpu.forward),
-    "attention_backward": _without_backend(cpu.backward),
-    "attention_qkvpacked_backward": _without_backend(cpu.backward_qkvpacked),
+    name: _without_backend(function)
+    for name, function in (
+        ("attention", cpu.forward),
+        ("attention_backward", cpu.backward),
+        ("attention_qkvpacked_backward", cpu.backward_qkvpacked),
+    )
 }
 """What runs on tensors in main memory that the native library does not take."""
 

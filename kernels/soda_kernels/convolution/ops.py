@@ -10,7 +10,7 @@ from torch import Tensor
 from soda_kernels._backend import is_reference
 from soda_kernels._checks import image_memory_format
 from soda_kernels._library import define
-from soda_kernels._native import native_is_loaded, native_status
+from soda_kernels._native import isa_of_widths, native_is_loaded
 from soda_kernels.convolution import reference
 
 _CHANNEL_MULTIPLE, _LEAST_TILES = 8, 8  # as in csrc/convolution.cpp
@@ -49,7 +49,7 @@ def unsupported_channels(channels: int, filters: int) -> str | None:
 def _describe_forward(device_type: str, x: Tensor, weight: Tensor, *_: Any) -> tuple[str, dict[str, Any], str]:
     if reason := _unsupported(x, weight):
         return "reference", {}, reason
-    return "native", {"isa": native_status().isa}, "the native library is loaded"
+    return "native", {"isa": isa_of_widths(*weight.shape[:2])}, "the native library is loaded"
 
 
 def _describe_backward(device_type: str, dy: Tensor, *args: Any) -> tuple[str, dict[str, Any], str]:

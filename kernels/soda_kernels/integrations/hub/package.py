@@ -40,7 +40,8 @@ license: apache-2.0
 # soda-kernels
 
 Fused Triton kernels for diffusion models: modulated group norm (GroupNorm, scale and shift, SiLU), attention at U-Net
-lengths, noising, denoising loss and sampler steps. CPU tensors run the reference in plain PyTorch.
+lengths, noising, denoising loss and sampler steps. CPU tensors run the reference in plain PyTorch,
+and of attention PyTorch's own kernel.
 
     import torch
     from pathlib import Path
