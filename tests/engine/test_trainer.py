@@ -207,12 +207,8 @@ def test_layout_and_kernels_change_speed_alone(tmp_path: Path, change: dict[str,
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "rounding"),
-    # A thousand steps each; bf16, whose losses at equal weights are the next test's, where somebody asks for it.
-    [("fp32", 2.0**-24), pytest.param("bf16", 2.0**-9, marks=pytest.mark.exhaustive)],
-)
+@pytest.mark.exhaustive  # a thousand steps each; the losses of as many steps at equal weights are the next test's
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 2.0**-24), ("bf16", 2.0**-9)])
 def test_kernels_change_two_hundred_steps_as_rounding_does(tmp_path: Path, precision: str, rounding: float) -> None:
     """The measure is the reference itself, with its initial weights off by half a unit in the last place.
 

@@ -120,9 +120,12 @@ def test_sizes_of_one_compile(variant: str) -> None:
 SHAPES = [(128, 128, 32, 32), (64, 576, 16, 16), (16, 256, 64, 64), (1, 320, 64, 64)]
 
 
+FLOAT16 = pytest.param(torch.float16, marks=pytest.mark.exhaustive)  # becomes what bf16 does, but for its conversions
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16, torch.float32], ids=str)
 def test_everything_fused(dtype: torch.dtype, layout: str) -> None:
     plans = [
         plan for shape in SHAPES for scaled in (False, True) for plan in full_plans(shape, layout, dtype, scaled=scaled)
