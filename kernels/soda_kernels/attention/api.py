@@ -20,6 +20,9 @@ def attention(
 ) -> Tensor:
     """Attend from every query to every key: softmax(scale * q k^T) v, with no mask, dropout or causal mode.
 
+    On a CPU with the native library, fp32 with a head dim that is a multiple of 8 runs its kernels, and everything else
+    PyTorch's flash attention; `explain` tells which.
+
     Args:
         q: [B, T, H, D] in fp32, bf16, fp16 or fp64, any strides.
         k, v: [B, S, H, D], of q's dtype and device; S may differ from T and must not be 0.
