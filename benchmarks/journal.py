@@ -48,8 +48,8 @@ class Journal:
         self.rows: list[Row] = []
         if path is not None and resume:
             self._attempts = Attempts(path)
+            self.rows = measured_here(read_lines(path), environment, "tables")  # what is no file of rows stays as it is
             mend(path)
-            self.rows = measured_here(read_lines(path), environment, "tables")
 
     def rows_of(self, suite: str) -> list[Row]:
         """Return the rows of a suite."""

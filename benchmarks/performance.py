@@ -58,7 +58,7 @@ def _part(file: ResultFile, link: Path) -> str:
     rows = newest_rows(row for row in file.rows if row["stats"]["p50"] or row["status"] != "ok")
     gains = speed_ups(rows)
     suites, dtypes = (", ".join(dict.fromkeys(names)) for names in zip(
-        *((row["suite"], str(row["case"].get("dtype"))) for row in rows), strict=True
+        *((row["suite"], str(row["case"].get("dtype"))) for row in _timed(rows) or rows), strict=True
     ))  # fmt: skip
     lines = [
         _wrapped(
@@ -84,9 +84,13 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
+def _timed(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["stats"]["p50"]]
+
+
 def _table(rows: Sequence[Row], gains: Sequence[SpeedUp]) -> Table:
     """Choose between every row, where they are few, and means."""
-    if len({place_of(row) for row in rows}) > _FEW and gains:
+    if len({place_of(row) for row in _timed(rows)}) > _FEW and gains:
         return means_table(gains)
     return case_table(rows, gains)
 

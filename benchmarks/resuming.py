@@ -21,11 +21,26 @@ MOST_DEATHS = 2
 
 
 def read_lines(path: Path) -> list[Row]:
-    """Read the objects of a file; there are none where it does not exist. What is half written is passed by."""
+    """Read the objects of a file; there are none where it does not exist. What is half written is passed by.
+
+    Raises:
+        ValueError: a whole line is no object.
+    """
     if not path.exists():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line.strip()]
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    rows = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"{path}: line {number} is not JSON; name a file of results or a new one") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number} is no object; name a file of results or a new one")
+        rows.append(row)
+    return rows
 
 
 def append_lines(path: Path, rows: Sequence[Row]) -> None:
@@ -95,4 +110,4 @@ def measured_here(rows: Sequence[Row], environment: Row, *also: str) -> list[Row
         also: what else of the environment has to be the same.
     """
     same = ("device", "torch", "triton", "sources", *also)
-    return [row for row in rows if all(row["env"].get(name) == environment[name] for name in same)]
+    return [row for row in rows if all(row.get("env", {}).get(name) == environment[name] for name in same)]

@@ -32,8 +32,8 @@ class Log:
         self._attempts = Attempts(path) if path is not None and resume else None
         self._known: dict[str, Row] = {}
         if path is not None and resume:
-            mend(path)
             self._known = {_name(row): row for row in measured_here(read_lines(path), environment)}
+            mend(path)
 
     def time(
         self, subject: Row, measure: Callable[[Any, Sequence[Any]], float], config: Any,

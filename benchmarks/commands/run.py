@@ -11,6 +11,7 @@ from benchmarks.cases import CPU_SETS, DTYPES, MODES
 from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names, pace_name
 from benchmarks.diffusion.loop import LOOP_CASES
 from benchmarks.end_to_end.cases import CASE_NAMES, OPS
+from benchmarks.end_to_end.cases import PROVIDERS as END_TO_END_PROVIDERS
 from benchmarks.end_to_end.cases import SUITE as END_TO_END
 from benchmarks.families import LOOPS, SUITES, choose_cases
 from benchmarks.providers import BASELINE
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from benchmarks.journal import Journal
 
 ALL_SUITES = (*SUITES, LOOPS, END_TO_END)
-PROVIDERS = tuple(dict.fromkeys(each.name for family in SUITES.values() for each in family.providers))
+PROVIDERS = tuple(
+    dict.fromkeys((*(each.name for family in SUITES.values() for each in family.providers), *END_TO_END_PROVIDERS))
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -89,6 +92,8 @@ def _options_of(suite: str, options: argparse.Namespace) -> argparse.Namespace |
         there = {"cases": tuple(family.shapes), "layouts": family.layouts, "providers": providers}
     else:
         there = {"cases": {LOOPS: tuple(LOOP_CASES), END_TO_END: CASE_NAMES}[suite]}
+        if suite == END_TO_END:
+            there["providers"] = END_TO_END_PROVIDERS
     own = vars(options) | {"layouts": None}
     for kind, names_there in there.items():
         asked = getattr(options, kind)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.providers import BASELINE, OURS
 from soda_engine.config import CadenceConfig, DenoiserConfig, EncoderConfig, LatentConfig, SodaConfig, TrainConfig
 from soda_engine.presets import PRESETS
 
@@ -14,6 +15,8 @@ SUITE = "e2e"
 OPS = ("train_step", "sample", "encode")
 LOSS_CURVE = "loss_curve"
 DTYPES = ("fp32", "bf16")
+COMPILE, OWN_COMPILED = "compile", "ours-compiled"
+PROVIDERS = (OURS, BASELINE, COMPILE, OWN_COMPILED)
 
 
 @dataclass(frozen=True, kw_only=True)

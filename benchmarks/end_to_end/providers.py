@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.accuracy import MOST_TIMES_TORCH
+from benchmarks.end_to_end.cases import COMPILE, OWN_COMPILED
 from benchmarks.end_to_end.plain import PlainSoda, keyed_draws
 from benchmarks.end_to_end.plain_training import PlainTrainer
 from benchmarks.end_to_end.problems import LAYOUTS, EndToEndProblem, flat
@@ -21,7 +22,6 @@ from soda_engine.models.soda import Soda, load_weights, save_weights
 from soda_engine.train.compiling import Compile, compile_model
 from soda_engine.train.trainer import Trainer
 
-COMPILE, OWN_COMPILED = "compile", "ours-compiled"
 _COMPILED_TIMES_TORCH = 10.0
 PARTS = ("denoiser", "encoder")
 RESULTS = {
@@ -233,7 +233,7 @@ _OWN = {"train_step": own_train_step, "sample": own_sample, "encode": own_encode
 
 
 def contenders(op: str, dtype: str) -> list[Contender]:
-    """List who runs an op; in fp32 also this engine's training step in bf16, its default where there is bf16."""
+    """List who runs an op; in fp32 also this engine's training step in bf16, its default on a GPU that has it."""
     own_dtypes = (dtype, "bf16") if op == "train_step" and dtype == "fp32" else (dtype,)
     found = [Contender(provider=OURS, variant=own, dtype=own, build=_OWN[op]) for own in own_dtypes]
     if op != "encode":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.end_to_end.cases import CPU_CASES, OPS
@@ -92,6 +95,19 @@ def test_table(rows: list[dict[str, Any]]) -> None:
     text = end_to_end_table(rows)
     assert all(f"{op}, timer wall" in text for op in OPS)
     assert "train_step unclipped : invalid" in text and "loss of tiny/8 over 5 steps" in text
+
+
+def test_a_compiled_engine_is_measured_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
+    path = tmp_path / "rows.jsonl"
+    asked = ["--cases", "tiny", "--ops", "train_step,sample,encode", "--providers", "ours,ours-compiled", "--quick"]
+    assert main(["run", "--suite", "e2e", *asked, "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {row["op"]: row for row in rows if row["provider"] == "ours-compiled"}
+    assert set(found) == {"train_step", "sample"}
+    assert all(row["status"] == "ok" and row["config"] == {"compile": "default"} for row in found.values())
+    assert compiled == ["Soda", "Denoiser"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,30 @@ def dying(reason: BaseException) -> Iterator[list[Any]]:
     yield []
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"a": 1,\n', "line 1 is not JSON"),
+        (b"\xff\xfe\n", "line 1 is not JSON"),
+        (b"{}\n[]\nhalf", "line 2 is no object"),
+    ],
+    ids=["broken", "binary", "a list"],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(
+    path: Path, capsys: pytest.CaptureFixture[str], text: bytes, said: str
+) -> None:
+    path.write_bytes(text)
+    assert main(["run", "--cases", "tiny", "--quick", "--resume", "--json", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: {said}; name a file of results or a new one" in error and len(error.splitlines()) == 1
+    assert path.read_bytes() == text
+
+
+def test_objects_without_an_environment_are_nobodys_rows(path: Path) -> None:
+    path.write_text('{"a": 1}\n')
+    assert Journal(path, ENVIRONMENT, resume=True).rows == []
+
+
 def test_what_ends_its_process_twice_becomes_rows_that_say_so(path: Path) -> None:
     for _ in range(2):
         assert journal(path).wanted(PARTS, PROVIDERS) == ["fwd", "bwd"]
