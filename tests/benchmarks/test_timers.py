@@ -25,35 +25,52 @@ def test_providers_take_turns() -> None:
     assert all(len(samples) == 4 and min(samples) >= 2000 for samples in times.values())
 
 
-def test_rounds_that_warm_up_do_not_count() -> None:
-    begin = time.perf_counter()
-    slow = []
+class Clock:
+    """In place of the module `time`: seconds pass where a step says so, whatever else the machine does."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def perf_counter_ns(self) -> int:
+        return round(self.now * 1e9)
+
+    def step(self, seconds: float) -> None:
+        self.now, self.calls = self.now + seconds, self.calls + 1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timers, "time", clock)
+    return clock
+
+
+def test_short_calls_are_repeated_and_divided(clock: Clock) -> None:
+    times = timers.wall({"a": lambda: clock.step(1e-4)}, device=CPU, budget_s=0.0, min_rounds=2)
+    assert clock.calls == 1 + 2 * round(timers.SHORTEST_SAMPLE_US / 100)
+    assert times["a"] == pytest.approx([100.0, 100.0])
+
+
+def test_rounds_that_warm_up_do_not_count(clock: Clock) -> None:
+    slow: list[bool] = []
 
     def step() -> None:
-        slow.append(time.perf_counter() < begin + 0.05)
-        time.sleep(0.02 if slow[-1] else 0.002)
+        slow.append(clock.now < 0.05)
+        clock.step(0.02 if slow[-1] else 0.002)
 
     times = timers.wall({"a": step}, device=CPU, budget_s=0.0, min_rounds=3, warm_up_s=0.05)
-    assert sum(slow) >= 2
-    assert len(times["a"]) == 3 and max(times["a"]) < 20_000
+    assert sum(slow) == 3
+    assert times["a"] == pytest.approx([2000.0] * 3)
 
 
-def test_short_calls_are_repeated_and_divided() -> None:
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        time.sleep(1e-4)
-
-    times = timers.wall({"a": step}, device=CPU, budget_s=0.0, min_rounds=2)
-    assert count > 4
-    assert all(100 <= sample < 2000 for sample in times["a"])
-
-
-def test_the_budget_ends_the_rounds() -> None:
-    times = timers.wall({"a": lambda: time.sleep(0.01)}, device=CPU, budget_s=0.1, min_rounds=2)
-    assert 2 < len(times["a"]) <= 11
+def test_the_budget_ends_the_rounds(clock: Clock) -> None:
+    times = timers.wall({"a": lambda: clock.step(0.01)}, device=CPU, budget_s=0.095, min_rounds=2)
+    assert times["a"] == pytest.approx([1e4] * 10)
+    slow = timers.wall({"a": lambda: clock.step(1.0)}, device=CPU, budget_s=0.1, min_rounds=2)
+    assert len(slow["a"]) == 2
 
 
 def test_statistics() -> None:
