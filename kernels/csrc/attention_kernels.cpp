@@ -15,8 +15,9 @@ namespace {
 
 // Keys of a block, and queries that look at one together: their scores take 24 KiB. In the backward, scores of a run of
 // queries and a block, of which there are two matrices: the more queries, the fewer times sums over them are written and
-// read. On two cores of an EPYC of the Zen 3 generation half and twice as many of each were the same within noise, for 64 to 4096 keys;
-// but with blocks of 512 keys a forward of 1024 took 10% longer.
+// read. On two cores of an EPYC of the Zen 3 generation, for 64 to 4096 keys, 48 queries, blocks of 128 keys in the backward
+// and half and twice as many scores there were the same within noise; with blocks of 512 keys a forward of 1024 took 10%
+// longer. Other limits were not tried.
 constexpr int64_t block_keys = 256, forward_queries = 24, backward_scores = 1 << 14;
 constexpr int64_t row_multiple = 12;  // which suits the rows of a product in registers
 
