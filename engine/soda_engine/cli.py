@@ -54,9 +54,19 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(f"soda-engine: {error} Lower the batch size, or raise --accumulate.", 1)
     except TrainingStopped as error:
         return _fail(f"soda-engine: {error}", 1)
+    except RuntimeError as error:
+        if not _comes_of_compiling(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        return _fail(f"soda-engine: torch.compile failed: {reason}; leave out --compile", 1)
     except KeyboardInterrupt:
         return _fail("soda-engine: interrupted", 130)
     return 0
+
+
+def _comes_of_compiling(error: RuntimeError) -> bool:
+    """Tell by the modules' names, so that no command imports the compiler."""
+    return any(kind.__module__.startswith(("torch._dynamo", "torch._inductor")) for kind in type(error).__mro__)
 
 
 def _missing(error: ModuleNotFoundError) -> int:

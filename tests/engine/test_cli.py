@@ -172,6 +172,21 @@ def test_a_denoiser_is_compiled_where_that_is_asked_for(
     assert compiled == [{"fullgraph": True, "mode": None}]
 
 
+def test_a_compiler_that_fails_is_said_in_one_line(
+    call: Call, saved_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CompilerFailed(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fail(_denoiser: Denoiser, **_options: Any) -> None:
+        raise CompilerFailed("No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(Denoiser, "compile", fail)
+    result = call("sample", saved_run, "--mode", "unguided", "--num", "1", "--compile", "default", *QUICK)
+    line = "soda-engine: torch.compile failed: No working C++ compiler found; leave out --compile\n"
+    assert (result.code, result.err) == (1, line)
+
+
 def test_samples_depend_on_the_seed_alone(call: Call, saved_run: Path, tmp_path: Path) -> None:
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert call("sample", saved_run, "--num", "4", "--seed", seed, "--out", out, *QUICK).code == 0
