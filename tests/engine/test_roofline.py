@@ -50,7 +50,7 @@ def test_bytes_and_saved_memory_of_a_block_by_hand() -> None:
         block = ResidualBlock(c, d, time_dim=5, section_dim=2, num_groups=groups)
         x, time, section = torch.empty(n, c, side, side, requires_grad=True), torch.empty(n, 5), torch.empty(n, 2)
     with Layers(block) as layers, _Counter(layers) as counter:
-        y = formed(block(x, time, section))
+        y = formed(block(x, block.by_time(time), block.by_section(section)))
         counter.phase = "backward"
         y.backward(torch.empty_like(y))
 
@@ -66,7 +66,7 @@ def test_bytes_and_saved_memory_of_a_block_by_hand() -> None:
     # The gradient and all that the forward read or measured; a gradient for each input.
     read, written = out + out + modulations + 2 * d + statistics, out + modulations + 2 * d
     assert moved("norm2", "backward") == read + written
-    saved = list_saved(block, lambda: formed(block(x, time, section)))
+    saved = list_saved(block, lambda: formed(block(x, block.by_time(time), block.by_section(section))))
     sizes = {layer: sum(each.own_bytes for each in saved if each.layer == layer) // 4 for layer in block._modules}
     assert sizes == {
         "norm1": image + statistics, "conv1": image, "norm2": out + statistics + modulations, "conv2": out,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -169,28 +172,36 @@ def test_sampling_would_not_wait_for_a_gpu(options: dict[str, Any]) -> None:
 # guidance and sections
 
 
-class Spy:
-    """Stands in for a model's denoiser and notes what it is called with."""
-
-    def __init__(self, model: Soda, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls: list[tuple[Tensor, Tensor]] = []  # z and mask
-        denoiser = model.denoiser.forward
-
-        def forward(x_t: Tensor, t: Tensor, z: Tensor, *, section_mask: Tensor, seed: Tensor | None = None) -> Tensor:
-            self.calls.append((z, section_mask))
-            return denoiser(x_t, t, z, section_mask=section_mask, seed=seed)
-
-        monkeypatch.setattr(model.denoiser, "forward", forward)
-
-
 @pytest.mark.parametrize(("cfg_scale", "rows"), [(1.0, 5), (2.0, 10), (0.0, 10)], ids=["off", "2", "0"])
 def test_both_halves_go_in_one_call(
     z: Tensor, cfg_scale: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_soda()
-    spy = Spy(model, monkeypatch)
+    model, batches = tiny_soda(), []
+    model.denoiser.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     model.sample(z, num_steps=3, cfg_scale=cfg_scale)
-    assert [len(z) for z, _ in spy.calls] == [rows] * 3
+    assert batches == [rows] * 3
+
+
+@pytest.mark.parametrize("masks", [1, 5, None])
+@pytest.mark.parametrize("cross_attention", [False, True])
+def test_what_stays_in_a_loop_is_projected_once(z: Tensor, cross_attention: bool, masks: int | None) -> None:
+    config = tiny_config()
+    model = tiny_soda(replace(config, denoiser=replace(config.denoiser, cross_attention=cross_attention)))
+    mask = None if masks is None else (torch.rand(masks, model.num_sections) < 0.5).float()
+    calls: Counter[str] = Counter()
+    for name, module in model.denoiser.named_modules():
+        if name.endswith(("time_proj", "z_proj", "time", "tokens")):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    x_t = torch.randn(5, 3, 8, 8)
+    denoise = model.denoiser_for(z, section_mask=mask, num_steps=4)
+    with torch.no_grad():
+        found = [denoise(x_t, torch.tensor(index)) for index in (999, 666, 333, 0)]
+        assert calls and set(calls.values()) == {1}
+        for index, prediction in zip((999, 666, 333, 0), found, strict=True):
+            expected = model.denoise(x_t, torch.full((5,), index), z, section_mask=mask)
+            torch.testing.assert_close(prediction, expected, **CLOSE)
+    for earlier, later in pairwise(found):
+        assert not torch.allclose(earlier, later, atol=1e-3), "the time matters"
 
 
 def by_hand(model: Soda, z: Tensor, cond: Sequence[int], uncond: Sequence[int], cfg_scale: float) -> Tensor:

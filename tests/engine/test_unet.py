@@ -122,9 +122,10 @@ def test_untrained_denoiser_predicts_zero_and_its_blocks_pass_their_input_on() -
     assert (model(*inputs(model)) == 0).all()
     x = torch.randn(2, 8, 8, 8)
     layer = model.down[0]
+    modulations = layer.block.by_time(torch.randn(2, 32)), layer.block.by_section(torch.randn(2, 5))
     for module in (layer.attention, lambda x: layer.cross(x, torch.randn(2, 3, 32))):
         torch.testing.assert_close(module(x).tensor(), x * 2**-0.5)
-    torch.testing.assert_close(layer.block(x, torch.randn(2, 32), torch.randn(2, 5)).tensor(), x * 2**-0.5)
+    torch.testing.assert_close(layer.block(x, *modulations).tensor(), x * 2**-0.5)
 
 
 @pytest.mark.parametrize("pairing", ["level", "block"])
@@ -228,7 +229,7 @@ def test_residual_block_is_its_formula(
     if block.shortcut is not None:
         shortcut = F.conv2d(shortcut, block.shortcut.weight, block.shortcut.bias)
     assert (block.shortcut is None) == (out_channels == 8 and not skip_channels)
-    out = block((h, skip) if skip_channels else h, time, section).tensor()
+    out = block((h, skip) if skip_channels else h, block.by_time(time), block.by_section(section)).tensor()
     torch.testing.assert_close(out, (y + shortcut) * 0.5)
 
 
@@ -401,3 +402,12 @@ def test_wrong_inputs(index: int, shape: tuple[int, ...], message: str) -> None:
         model(*batch)
     with pytest.raises(ValueError, match=r"section_mask has shape \(2,\)"):
         model(*inputs(model), section_mask=torch.ones(2))
+
+
+def test_a_condition_stands_for_time_and_z() -> None:
+    model = build()
+    x_t, t, z = inputs(model)
+    condition = model.conditions(t, z)(torch.tensor(1))
+    torch.testing.assert_close(model(x_t, condition=condition), model(x_t, t[1].expand(len(z)), z))
+    with pytest.raises(ValueError, match="t or z is None; give both, or the condition that was made of them"):
+        model(x_t, t)

@@ -12,14 +12,16 @@ Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def guided(
-    denoise: Callable[..., Tensor], z: Tensor, cond_mask: Tensor, uncond_mask: Tensor, cfg_scale: float
-) -> Denoise:
+    denoiser_for: Callable[..., Callable[[Tensor, Tensor], Tensor]],
+    z: Tensor, cond_mask: Tensor, uncond_mask: Tensor, cfg_scale: float,
+) -> Denoise:  # fmt: skip
     """Make the function a sampler calls: from (x_t, step index) to the conditional and unconditional predictions.
 
     Both halves go through the denoiser in one batch; without guidance (cfg_scale 1) the second half is left out.
 
     Args:
-        denoise: (x_t, step_index [N], z, section_mask=) to a prediction, as `Soda.denoise`.
+        denoiser_for: (z, section_mask=) to a function from (x_t, step index) to a prediction, as `Soda.denoiser_for`
+            with its steps.
         z: [N, d].
         cond_mask, uncond_mask: [1, m + 1] of 0 and 1: the sections that guide each half.
         cfg_scale: 1 is off.
@@ -28,18 +30,14 @@ def guided(
         Ho and Salimans 2021; Hudson et al. 2023 (layer masking).
     """
     if cfg_scale == 1.0:
-
-        def conditional(x_t: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor | None]:
-            return denoise(x_t, step_index.expand(len(x_t)), z, section_mask=cond_mask), None
-
-        return conditional
+        denoise = denoiser_for(z, section_mask=cond_mask)
+        return lambda x_t, step_index: (denoise(x_t, step_index), None)
 
     mask = torch.cat((cond_mask.expand(len(z), -1), uncond_mask.expand(len(z), -1)))
-    twice_z = torch.cat((z, z))
+    denoise_twice = denoiser_for(torch.cat((z, z)), section_mask=mask)
 
     def both(x_t: Tensor, step_index: Tensor) -> tuple[Tensor, Tensor | None]:
-        prediction = denoise(torch.cat((x_t, x_t)), step_index.expand(2 * len(x_t)), twice_z, section_mask=mask)
-        cond, uncond = prediction.chunk(2)
+        cond, uncond = denoise_twice(torch.cat((x_t, x_t)), step_index).chunk(2)
         return cond, uncond
 
     return both

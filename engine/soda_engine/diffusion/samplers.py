@@ -94,6 +94,11 @@ def step_indices(schedule_steps: int, num_steps: int) -> list[int]:
     return [round((schedule_steps - 1) * (1 - i / (num_steps - 1))) for i in range(num_steps)]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a small tensor from the host without waiting for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class _Position:
     """Where in a list of step indices a loop stands, on the device.
 
@@ -105,9 +110,7 @@ class _Position:
         # The index of each step, of the one after (-1 is the clean end) and of the one before. The first has none
         # before; where both are the same, DPM-Solver++ 2M is first-order.
         rows = torch.tensor(list(zip(indices, [*indices[1:], -1], [indices[0], *indices[:-1]], strict=True)))
-        if device.type != "cpu":
-            rows = rows.pin_memory()
-        self._rows = rows.to(device, non_blocking=True)
+        self._rows = to_device(rows, device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def advance(self) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from soda_engine.models.convolution import Conv1x1, Conv3x3, pixels_first, pixels_last
+from soda_engine.models.modulation import Modulation
 from soda_engine.models.recomputation import (
     Recompute,
     calling,
@@ -80,7 +81,7 @@ class ResidualBlock(nn.Module):
         index: int = 0,
     ) -> None:
         super().__init__()
-        self.in_channels, self.skip_channels = in_channels, skip_channels
+        self.in_channels, self.skip_channels, self.out_channels = in_channels, skip_channels, out_channels
         self.resample, self.residual_scale = resample, residual_scale
         total = in_channels + skip_channels
         self.norm1 = ModulatedGroupNorm(num_groups, total)
@@ -95,13 +96,13 @@ class ResidualBlock(nn.Module):
         self.dropout_key = (index * _DROPOUT_KEY_STRIDE + 2**63) % 2**64 - 2**63
 
     def forward(
-        self, x: Image | tuple[Tensor, Tensor], time: Tensor, section: Tensor, seed: Tensor | None = None
+        self, x: Image | tuple[Tensor, Tensor], by_time: Modulation, by_section: Modulation, seed: Tensor | None = None
     ) -> ResidualSum:
         """Run the block.
 
         Args:
             x: [N, in_channels, H, W], or the pair of it and the skip, [N, skip_channels, H, W].
-            time: [N, time_dim]. section: [N, section_dim], zero if masked.
+            by_time, by_section: what the methods of these names return.
             seed: [N] int64, one dropout key a sample; needed in training with dropout.
 
         Returns:
@@ -109,13 +110,22 @@ class ResidualBlock(nn.Module):
         """
         h = self._conv1(x, normalized(self.norm1, x))
         key = None if seed is None else seed + self.dropout_key
-        modulations = self.time_proj(time).chunk(2, dim=1), self.z_proj(section).chunk(2, dim=1)
-        y = self.norm2(h, *modulations, seed=key)
+        y = self.norm2(h, by_time, by_section, seed=key)
         if self.recompute == "norms":
-            out = calling(self.conv2, y, renormalized(self.norm2, h, *modulations, seed=key))
+            out = calling(self.conv2, y, renormalized(self.norm2, h, by_time, by_section, seed=key))
         else:
             out = self.conv2(y)
         return ResidualSum(out, self._shortcut(x), self.residual_scale)
+
+    def by_time(self, time: Tensor) -> Modulation:
+        """Return how embedded times [N, time_dim] modulate the block: scale and shift, [N, out_channels] each."""
+        scale, shift = self.time_proj(time).chunk(2, dim=1)
+        return scale, shift
+
+    def by_section(self, section: Tensor) -> Modulation:
+        """Return how the block's section of z, [N, section_dim] and zero if masked, modulates it; as by_time."""
+        scale, shift = self.z_proj(section).chunk(2, dim=1)
+        return scale, shift
 
     def _conv1(self, x: Image | tuple[Tensor, Tensor], h: Tensor) -> Tensor:
         """Return conv1(resample(h)) of h, the first norm of x."""

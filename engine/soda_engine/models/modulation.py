@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from soda_kernels import philox_uniform
 # A sinusoidal embedding tells apart inputs about one radian away: t in [0, 1] is stretched to this range first.
 TIME_RANGE = 1000.0
 _MAX_PERIOD = 10000.0
+
+Modulation: TypeAlias = tuple[Tensor, Tensor]
+"""Scale and shift of each channel of each sample, [N, C] both."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from soda_engine.data.views import plain_view
 from soda_engine.diffusion.guidance import guided
 from soda_engine.diffusion.objective import SCHEDULES, denoising_losses, loss_weights
 from soda_engine.diffusion.samplers import sample as run_sampler
+from soda_engine.diffusion.samplers import step_indices, to_device
 from soda_engine.models.encoder import ResNetEncoder
 from soda_engine.models.folded import folded
 from soda_engine.models.modulation import build_section_map, section_indices, section_slices
@@ -103,6 +105,34 @@ class Soda(
         """
         t = (step_index + 1).to(torch.float32) / self.config.diffusion.num_steps
         return self.denoiser(x_t, t, z, section_mask=section_mask, seed=dropout_seed)
+
+    @torch.no_grad()
+    def denoiser_for(
+        self, z: Tensor, *, section_mask: Tensor | None = None, num_steps: int
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the denoiser as a sampling loop calls it: guided by one z throughout, at one time for all samples.
+
+        Args:
+            z: [N, d]. section_mask: as for `denoise`.
+            num_steps: of the loop, spread evenly over the schedule (`soda_engine.diffusion.samplers.step_indices`).
+
+        Returns:
+            A function from x_t, [N, C, S, S], and the step index, a 0-d int64 tensor and one of the loop's, to what
+            `denoise` returns in evaluation mode. It keeps the projections of the weights of now.
+
+        Raises:
+            ValueError: z or the mask has another shape, or num_steps is out of range.
+        """
+        total = self.config.diffusion.num_steps
+        indices = to_device(torch.tensor(step_indices(total, num_steps)), self.device)
+        row_of = torch.zeros(total, dtype=torch.int64, device=self.device)
+        row_of[indices] = torch.arange(num_steps, device=self.device)
+        condition = self.denoiser.conditions((indices + 1).to(torch.float32) / total, z, section_mask=section_mask)
+
+        def denoise(x_t: Tensor, step_index: Tensor) -> Tensor:
+            return self.denoiser(x_t, condition=condition(row_of.index_select(0, step_index.reshape(1))))
+
+        return denoise
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -203,7 +233,10 @@ class Soda(
         with _evaluating(self):
             for start in range(0, len(z), batch_size):
                 part = slice(start, start + batch_size)
-                denoise = guided(self.denoise, z[part], keep, keep * (1 - self._mask(dropped)), cfg_scale)
+                denoise = guided(
+                    partial(self.denoiser_for, num_steps=num_steps), z[part], keep, keep * (1 - self._mask(dropped)),
+                    cfg_scale,
+                )  # fmt: skip
                 images.append(
                     run_sampler(
                         denoise,

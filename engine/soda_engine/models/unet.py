@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,34 +20,41 @@ from soda_engine.models.blocks import (
     zero_init,
 )
 from soda_engine.models.convolution import Conv3x3
-from soda_engine.models.modulation import TimeEmbedding, build_section_map, mask_sections, section_slices
+from soda_engine.models.modulation import (
+    Modulation,
+    TimeEmbedding,
+    build_section_map,
+    mask_sections,
+    section_slices,
+)
 from soda_engine.models.recomputation import Recompute, calling, renormalized
 from soda_engine.models.residual import Image, ResidualSum, formed, normalized
 from soda_kernels import ModulatedGroupNorm
 
 
 class Condition(NamedTuple):
-    """What every layer may look at besides its input."""
+    """What every layer may look at besides its input; residual blocks count in the order they run."""
 
-    time: Tensor  # [N, time_dim]
-    sections: list[Tensor]  # m + 1 of [N, section_dim], zero where masked
+    by_time: Sequence[Modulation]  # one a residual block
+    by_section: Sequence[Modulation]  # one a residual block, zero where its section of z is masked
     tokens: Tensor | None  # [N, m + 1, token_dim], for cross-attention
-    seed: Tensor | None  # [N] int64, for dropout
+    seed: Tensor | None = None  # [N] int64, for dropout
 
 
 class Layer(nn.Module):
     """A residual block, which section `section` modulates, and the attention that follows it."""
 
     def __init__(
-        self, section: int, block: ResidualBlock, attention: AttentionBlock | None, cross: CrossAttentionBlock | None
-    ) -> None:
+        self, index: int, section: int, block: ResidualBlock, attention: AttentionBlock | None,
+        cross: CrossAttentionBlock | None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.section, self.block, self.attention, self.cross = section, block, attention, cross
+        self.index, self.section, self.block, self.attention, self.cross = index, section, block, attention, cross
         self.takes_skip = block.skip_channels > 0
 
     def forward(self, x: Image | tuple[Tensor, Tensor], condition: Condition) -> ResidualSum:
         """[N, C_in, H, W], or a pair (h, skip) -> [N, C_out, H', W']."""
-        h = self.block(x, condition.time, condition.sections[self.section], condition.seed)
+        h = self.block(x, condition.by_time[self.index], condition.by_section[self.index], condition.seed)
         if self.attention is not None:
             h = self.attention(h)
         return h if self.cross is None else self.cross(h, condition.tokens)
@@ -83,19 +90,20 @@ class Denoiser(nn.Module):
         section_dims = [cut.stop - cut.start for cut in self.section_slices]
         time_dim = 4 * config.channels
         shared: dict[str, Any] = {"num_groups": config.num_groups, "residual_scale": config.residual_scale}
-        index = itertools.count()
+        count = itertools.count()
 
         def layer(section: int, level: int, channels: int, width: int, *, attend: bool = True, **options: Any) -> Layer:
+            index = next(count)
             block = ResidualBlock(
                 channels, width, time_dim=time_dim, section_dim=section_dims[section], dropout=config.dropout,
-                index=next(index), **shared, **options,
+                index=index, **shared, **options,
             )  # fmt: skip
             attention = cross = None
             if attend and config.image_size >> level in config.attention_resolutions:
                 attention = AttentionBlock(width, head_dim=config.head_dim, **shared)
                 if config.cross_attention:
                     cross = CrossAttentionBlock(width, token_dim=time_dim, head_dim=config.head_dim, **shared)
-            return Layer(section, block, attention, cross)
+            return Layer(index, section, block, attention, cross)
 
         def resampling(
             sections: Iterator[int], level: int, channels: int, resample: Literal["down", "up"]
@@ -136,7 +144,14 @@ class Denoiser(nn.Module):
         self.conv_out = zero_init(Conv3x3(channels, config.in_channels))
 
     def forward(
-        self, x_t: Tensor, t: Tensor, z: Tensor, *, section_mask: Tensor | None = None, seed: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor | None = None,
+        z: Tensor | None = None,
+        *,
+        section_mask: Tensor | None = None,
+        seed: Tensor | None = None,
+        condition: Condition | None = None,
     ) -> Tensor:
         """Predict.
 
@@ -147,24 +162,18 @@ class Denoiser(nn.Module):
             section_mask: [m + 1], [1, m + 1] or [N, m + 1], 1 for kept and 0 for zeroed; None keeps all of z.
             seed: [N] int64, one dropout key a sample, on which alone its dropout depends; needed in training mode with
                 dropout, and unused elsewhere.
+            condition: what `conditions` made of t and z, in place of all but x_t.
 
         Returns:
             [N, C, S, S], the predicted eps, v or x0.
 
         Raises:
-            ValueError: an argument has another shape, or the seed is missing.
+            ValueError: an argument has another shape, or is missing.
         """
-        if not self.training or self.config.dropout == 0.0:
-            seed = None
-        elif seed is None:
-            raise ValueError("seed is None; training with dropout needs one int64 key a sample, or call eval()")
-        self._check_inputs(x_t, t, z, seed)
-        if section_mask is not None:
-            z = mask_sections(z, section_mask, self.section_slices)
-        sections = [z[:, cut] for cut in self.section_slices]
-        tokens = None if self.tokens is None else self.tokens(sections)
-        condition = Condition(self.time(t), sections, tokens, seed)
-
+        side = self.config.image_size
+        _check_shape("x_t", x_t, (len(x_t), self.config.in_channels, side, side))
+        if condition is None:
+            condition = self._condition(len(x_t), t, z, section_mask, seed)
         h = self.conv_in(x_t)
         skips = [h]
         for layer in self.down:
@@ -178,6 +187,31 @@ class Denoiser(nn.Module):
         return self.conv_out(y) if self._keeps == "none" else calling(
             self.conv_out, y, renormalized(self.norm_out, formed(h))
         )  # fmt: skip
+
+    def conditions(
+        self, times: Tensor, z: Tensor, *, section_mask: Tensor | None = None
+    ) -> Callable[[Tensor], Condition]:
+        """Project z and the times of a whole sampling loop, and return what the denoiser is to be given in each step.
+
+        In a loop z stays, and all samples are at one time. So each block projects z once, and each time once instead of
+        for every sample: of a step of `digits`, that is a quarter of the calls.
+
+        Args:
+            times: [T] in [0, 1], of all steps. z, section_mask: as in `forward`.
+
+        Returns:
+            A function from the number of a time, a 0-d int64 tensor on z's device, to the condition of all samples.
+        """
+        by_section, tokens = self._of_z(z, section_mask)
+        time = self.time(times)
+        table = torch.cat([layer.block.time_proj(time) for layer in self._layers()], dim=1)  # scale, shift, scale, ...
+        widths = [layer.block.out_channels for layer in self._layers() for _ in range(2)]
+
+        def at(row: Tensor) -> Condition:
+            parts = table.index_select(0, row.reshape(1)).expand(len(z), -1).split(widths, dim=1)
+            return Condition(list(zip(parts[::2], parts[1::2], strict=True)), by_section, tokens)
+
+        return at
 
     def checkpoint_activations(self, what: Literal["none", "norms", "blocks"]) -> None:
         """Let the backward compute again what it needs, instead of keeping it; results stay the same to the bit.
@@ -203,17 +237,41 @@ class Denoiser(nn.Module):
         # Dropout is a function of its keys, so that no state of a generator has to be put back.
         return checkpoint(layer, x, condition, use_reentrant=False, preserve_rng_state=False)
 
-    def _check_inputs(self, x_t: Tensor, t: Tensor, z: Tensor, seed: Tensor | None) -> None:
-        side, batch = self.config.image_size, x_t.shape[0]
-        expected = {
-            "x_t": (x_t, (batch, self.config.in_channels, side, side)),
-            "t": (t, (batch,)),
-            "z": (z, (batch, self.latent_dim)),
-            "seed": (seed, (batch,)),
-        }
-        for name, (value, shape) in expected.items():
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
+    def _condition(
+        self, batch: int, t: Tensor | None, z: Tensor | None, section_mask: Tensor | None, seed: Tensor | None
+    ) -> Condition:
+        if t is None or z is None:
+            raise ValueError("t or z is None; give both, or the condition that was made of them")
+        if not self.training or self.config.dropout == 0.0:
+            seed = None
+        elif seed is None:
+            raise ValueError("seed is None; training with dropout needs one int64 key a sample, or call eval()")
+        _check_shape("t", t, (batch,))
+        _check_shape("z", z, (batch, self.latent_dim))
+        if seed is not None:
+            _check_shape("seed", seed, (batch,))
+        by_section, tokens = self._of_z(z, section_mask)
+        time = self.time(t)
+        return Condition([layer.block.by_time(time) for layer in self._layers()], by_section, tokens, seed)
+
+    def _of_z(self, z: Tensor, section_mask: Tensor | None) -> tuple[list[Modulation], Tensor | None]:
+        """Return how the sections of z modulate each block, and the tokens made of them."""
+        if section_mask is not None:
+            z = mask_sections(z, section_mask, self.section_slices)
+        sections = [z[:, cut] for cut in self.section_slices]
+        by_section = [layer.block.by_section(sections[layer.section]) for layer in self._layers()]
+        return by_section, None if self.tokens is None else self.tokens(sections)
+
+    def _layers(self) -> Iterator[Layer]:
+        """Yield the residual blocks with their attention, in the order they run."""
+        for layer in itertools.chain(self.down, self.middle, self.up):
+            if isinstance(layer, Layer):
+                yield layer
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {shape}")
 
 
 def _check(config: DenoiserConfig) -> None:
