@@ -40,18 +40,19 @@ def conv3x3(
     Reference:
         Lavin and Gray 2016, section 4.1.
     """
-    _check(x, weight, bias, residual, activation)
+    _checks.check_choice("activation", activation, ("relu", None))
     if runs_winograd(x, weight, bias, residual):
         if is_differentiated(x, weight, bias, residual):
             return _Conv3x3.apply(x, weight, bias, residual, activation == "relu")
-        return current_ops().conv3x3(x, weight, bias, residual, activation == "relu")
+        return current_ops().conv3x3.default(x, weight, bias, residual, activation == "relu")
+    _check(x, weight, bias, residual)
     y = F.conv2d(x, weight, bias, padding=1)
     if residual is not None:
         y = y + residual
     return y if activation is None else F.relu(y)
 
 
-def _check(x: object, weight: object, bias: object, residual: object, activation: object) -> None:
+def _check(x: object, weight: object, bias: object, residual: object) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         _checks.check_float_tensor(name, tensor)
         assert isinstance(tensor, Tensor)
@@ -75,7 +76,6 @@ def _check(x: object, weight: object, bias: object, residual: object, activation
         _checks.check_device(name, tensor, "x", x)
         if tensor.dtype != x.dtype and not _autocast(x.device.type):
             raise TypeError(f"{name} has dtype {tensor.dtype} and x {x.dtype}; they must be the same")
-    _checks.check_choice("activation", activation, ("relu", None))
 
 
 def _autocast(device_type: str) -> bool:
@@ -88,7 +88,7 @@ class _Conv3x3(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
     ) -> Tensor:
         ctx.ops, ctx.relu = current_ops(), relu
-        y = ctx.ops.conv3x3(x, weight, bias, residual, relu)
+        y = ctx.ops.conv3x3.default(x, weight, bias, residual, relu)
         ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
@@ -99,7 +99,7 @@ class _Conv3x3(torch.autograd.Function):
         if ctx.relu:
             dy = torch.ops.aten.threshold_backward.default(dy, y, 0.0)
         for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
-        dx, dweight, dbias = ctx.ops.conv3x3_backward(dy, x, weight, for_x, for_weight, for_bias)
+        dx, dweight, dbias = ctx.ops.conv3x3_backward.default(dy, x, weight, for_x, for_weight, for_bias)
         return (
             dx if for_x else None, dweight if for_weight else None, dbias if for_bias else None,
             dy if for_residual else None, None,

@@ -14,14 +14,25 @@ from soda_kernels._native import isa_of_widths, native_is_loaded
 from soda_kernels.convolution import reference
 
 _CHANNEL_MULTIPLE, _LEAST_TILES = 8, 8  # as in csrc/convolution.cpp
+_STRIDED = torch.strided
 
 
-def runs_winograd(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Tell whether a call goes to the native library's kernels."""
+def runs_winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    """Tell whether a call goes to the native library's kernels, which one with wrong arguments never does."""
+    if not native_is_loaded() or is_reference():
+        return False
+    for tensor in (x, weight, bias, residual):
+        if not (tensor is None or (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is _STRIDED)):
+            return False
+    if x is None or weight is None:
+        return False
+    of_x, of_weight = x.shape, weight.shape
     return (
-        x.is_cpu and native_is_loaded() and not is_reference() and not torch.is_autocast_enabled("cpu")
-        and all(each is None or each.dtype == torch.float32 for each in (x, weight, *others))
-        and _unsupported(x, weight) is None
+        len(of_x) == len(of_weight) == 4 and of_weight[1:] == (of_x[1], 3, 3)
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == of_weight[:1]))
+        and (residual is None
+             or (residual.dtype == torch.float32 and residual.shape == (of_x[0], of_weight[0], *of_x[2:])))
+        and _unsupported(x, weight) is None and not torch.is_autocast_enabled("cpu")
     )  # fmt: skip
 
 
@@ -29,9 +40,10 @@ def _unsupported(x: Tensor, weight: Tensor) -> str | None:
     """Say why the native kernels cannot take a call, or None if they can."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return f"the native kernels take fp32, not {str(x.dtype).removeprefix('torch.')}"
-    if image_memory_format(x) != torch.channels_last:
+    if not x.is_contiguous(memory_format=torch.channels_last) or x.is_contiguous():
         return "the native kernels take images in channels_last"
-    if reason := unsupported_channels(weight.shape[1], weight.shape[0]):
+    filters, channels = weight.shape[:2]
+    if reason := unsupported_channels(channels, filters):
         return reason
     batch, _, height, width = x.shape
     if batch * ((height + 1) // 2) * ((width + 1) // 2) < _LEAST_TILES or height * width == 1:
