@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,16 @@ from soda_kernels._autograd import first_derivative_only, is_differentiated
 from soda_kernels._backend import current_ops, runs_native
 from soda_kernels._checks import image_memory_format
 from soda_kernels.group_norm import ops as _ops  # noqa: F401  registers the ops
-from soda_kernels.group_norm.checks import check_numbers, check_residual_scale, check_tensors, flatten_modulations
+from soda_kernels.group_norm.checks import (
+    ACTIVATIONS,
+    check_numbers,
+    check_options,
+    check_tensors,
+    flatten_modulations,
+)
+
+# Number of groups, scale_offset, eps, whether SiLU follows, dropout_p, seed, residual_scale: as the op takes them.
+_Options: TypeAlias = tuple[int, float, float, bool, float, Tensor | None, float]
 
 
 def modulated_group_norm(
@@ -66,9 +75,7 @@ def modulated_group_norm(
     """
     x, skip = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, None)
     flat = flatten_modulations(modulations)
-    check_numbers(scale_offset, eps, dropout_p)
-    check_residual_scale(residual_scale, residual)
-    _checks.check_choice("activation", activation, ("silu", None))
+    check_options(scale_offset, eps, dropout_p, residual_scale, residual, activation)
     # The native library looks at its tensors itself, and is let: of a small image's 20 us the checks here took 7.
     unchecked = type(num_groups) is int and dropout_p == 0.0 and runs_native(x, skip, residual, weight, bias, *flat)
     if not unchecked:
@@ -79,10 +86,8 @@ def modulated_group_norm(
             raise ValueError("seed is None; dropout_p > 0 needs a seed (an int, a 0-d tensor or one for each sample)")
         key = _checks.int64_scalar_or_vector("seed", seed, x.shape[0], x.device)
     try:
-        y, summed = _run(
-            x, skip, residual, weight, bias, flat, num_groups, scale_offset, eps, activation == "silu", dropout_p, key,
-            residual_scale,
-        )  # fmt: skip
+        options = num_groups, scale_offset, eps, activation == "silu", dropout_p, key, residual_scale
+        y, summed = _run(x, skip, residual, weight, bias, flat, options)
     except RuntimeError as error:
         if not unchecked:
             raise
@@ -95,10 +100,11 @@ def modulated_group_norm(
 
 def _run(
     x: Tensor, skip: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    modulations: list[Tensor], *options: Any,
+    modulations: list[Tensor], options: _Options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if is_differentiated(x, skip, residual, weight, bias, *modulations):
-        return _ModulatedGroupNorm.apply(x, skip, residual, weight, bias, *options, *modulations)
+        # The options as one: autograd looks at every argument.
+        return _ModulatedGroupNorm.apply(options, x, skip, residual, weight, bias, *modulations)
     op = current_ops().modulated_group_norm.default
     return op(x, skip, residual, weight, bias, modulations, *options)[:2]
 
@@ -106,15 +112,12 @@ def _run(
 class _ModulatedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, skip: Tensor | None, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-        num_groups: int, scale_offset: float, eps: float, silu: bool, dropout_p: float, seed: Tensor | None,
-        residual_scale: float, *modulations: Tensor,
+        ctx: Any, options: _Options, x: Tensor, skip: Tensor | None, residual: Tensor | None, weight: Tensor | None,
+        bias: Tensor | None, *modulations: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         ops = current_ops()
-        y, summed, mean, rstd = ops.modulated_group_norm.default(
-            x, skip, residual, weight, bias, modulations, num_groups, scale_offset, eps, silu, dropout_p, seed,
-            residual_scale,
-        )  # fmt: skip
+        _, scale_offset, _, silu, dropout_p, seed, residual_scale = options
+        y, summed, mean, rstd = ops.modulated_group_norm.default(x, skip, residual, weight, bias, modulations, *options)
         normalized = x if residual is None else summed
         ctx.save_for_backward(normalized, skip, weight, bias, mean, rstd, seed, *modulations)
         ctx.ops, ctx.has_residual = ops, residual is not None
@@ -142,8 +145,8 @@ class _ModulatedGroupNorm(torch.autograd.Function):
                 ctx.scale_offset, ctx.silu, ctx.dropout_p, seed, ctx.residual_scale,
             )  # fmt: skip
         return (
-            dx, None if skip is None else dskip, dx if ctx.has_residual else None, None if weight is None else dweight,
-            None if bias is None else dbias, None, None, None, None, None, None, None, *dmodulations,
+            None, dx, None if skip is None else dskip, dx if ctx.has_residual else None,
+            None if weight is None else dweight, None if bias is None else dbias, *dmodulations,
         )  # fmt: skip
 
 
@@ -168,7 +171,7 @@ class ModulatedGroupNorm(nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _checks.check_choice("activation", activation, ("silu", None))
+        _checks.check_choice("activation", activation, ACTIVATIONS)
         check_numbers(scale_offset, eps, dropout_p)
         super().__init__(num_groups, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
         self.activation, self.scale_offset, self.dropout_p = activation, scale_offset, dropout_p
