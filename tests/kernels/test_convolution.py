@@ -144,7 +144,6 @@ NOT_FOR_WINOGRAD: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] =
     "three channels": lambda x, w: (x[:, :3].contiguous(memory_format=torch.channels_last), w[:, :3]),
     "twelve filters": lambda x, w: (x, w[:12]),
     "no image": lambda x, w: (x[:0], w),
-    "one pixel": lambda x, w: (x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), w),
     "four tiles": lambda x, w: (x[:1, :, :4, :4].contiguous(memory_format=torch.channels_last), w),
     "a slice": lambda x, w: (x[:, :, ::2], w),
 }
@@ -166,12 +165,34 @@ def test_everything_else_is_pytorchs(name: str) -> None:
         torch.testing.assert_close(ours, stock)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_image_of_one_pixel_sees_the_centres(dtype: torch.dtype, activation: str | None) -> None:
+    problem = Problem((16, 24, 1, 1), 16)
+    # Numbers of bf16, so that the three compute the same.
+    problem.x, problem.weight, problem.bias, problem.residual, problem.dy = (
+        each.bfloat16().float() for each in (problem.x, problem.weight, problem.bias, problem.residual, problem.dy)
+    )
+    assert not explain(conv3x3, problem.x, problem.weight).choices
+    ours, stock, exact = (
+        problem.results(function, each, activation=activation)
+        for function, each in ((conv3x3, dtype), (plain, dtype), (plain, torch.float64))
+    )
+    assert ours[0].stride() == stock[0].stride()
+    for name, *each in zip(("y", "dx", "dweight", "dbias", "dresidual"), ours, stock, exact, strict=True):
+        assert_accurate_in_norm(*each, name)
+    assert not ours[2][:, :, 0].any() and ours[2][:, :, 1, 1].any()
+
+
 def test_the_reference_backend_and_autocast_run_pytorchs() -> None:
     problem = Problem((16, 24, 5, 7), 16)
     with use_backend("reference"):
         assert torch.equal(conv3x3(problem.x, problem.weight), F.conv2d(problem.x, problem.weight, padding=1))
+        pixel = problem.x[:, :, :1, :1]
+        assert torch.equal(conv3x3(pixel, problem.weight), F.conv2d(pixel, problem.weight, padding=1))
     with torch.autocast("cpu", torch.bfloat16):
         assert conv3x3(problem.x, problem.weight).dtype == torch.bfloat16
+        assert conv3x3(pixel, problem.weight).dtype == torch.bfloat16
 
 
 def test_on_meta_it_has_a_shape() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from soda_kernels import _checks
 from soda_kernels._autograd import first_derivative_only, is_differentiated
-from soda_kernels._backend import current_ops
+from soda_kernels._backend import current_ops, is_reference
 from soda_kernels.convolution.ops import runs_winograd
 
 
@@ -21,8 +21,8 @@ def conv3x3(
     """Convolve with 3x3 filters, stride 1 and padding 1: activation(conv2d(x, weight, bias, padding=1) + residual).
 
     On a CPU with the native library, fp32 images in channels_last are convolved by Winograd's F(2x2, 3x3), forward and
-    backward, where both numbers of channels are multiples of 8 and there are at least eight tiles of 2x2 pixels.
-    Everything else is PyTorch's convolution; `explain` tells which.
+    backward, where both numbers of channels are multiples of 8 and there are at least eight tiles of 2x2 pixels. Images
+    of one pixel on a CPU are a product of matrices. Everything else is PyTorch's convolution; `explain` tells which.
 
     Args:
         x: [N, C, H, W] in fp32, bf16, fp16 or fp64.
@@ -46,10 +46,20 @@ def conv3x3(
             return _Conv3x3.apply(x, weight, bias, residual, activation == "relu")
         return current_ops().conv3x3.default(x, weight, bias, residual, activation == "relu")
     _check(x, weight, bias, residual)
-    y = F.conv2d(x, weight, bias, padding=1)
+    is_pixel = x.is_cpu and x.shape[2:] == (1, 1) and not is_reference()
+    y = _of_one_pixel(x, weight, bias) if is_pixel else F.conv2d(x, weight, bias, padding=1)
     if residual is not None:
         y = y + residual
     return y if activation is None else F.relu(y)
+
+
+def _of_one_pixel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve images of one pixel, of which all filters but for their centres see padding.
+
+    On two EPYC cores the product of matrices took 0.23 to 0.30 of the time of oneDNN's convolution, 0.03 to 0.14 with the
+    backward, for 128 to 512 images of 64 to 512 channels.
+    """
+    return F.linear(x.flatten(1), weight[:, :, 1, 1], bias)[:, None, None].movedim(3, 1)
 
 
 def _check(x: object, weight: object, bias: object, residual: object) -> None:
