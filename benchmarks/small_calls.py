@@ -8,11 +8,9 @@ group norm of PyTorch computes less: neither modulations nor SiLU.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import timers
+from benchmarks.commands.arguments import Parser, result_file
 from benchmarks.records import describe_environment
 from benchmarks.tables import table
 from soda_engine.records import write_json
@@ -101,9 +100,9 @@ def rows(seconds: float) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print the table, and keep the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python -m benchmarks.small_calls")
+    parser = Parser(description=__doc__.split("\n")[0], prog="python -m benchmarks.small_calls")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each pair of calls; 2 if not given")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=result_file, help="write the rows to this file")
     options = parser.parse_args()
     found = rows(options.seconds)
     print(table(

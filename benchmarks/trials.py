@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import timers
 from benchmarks.cases import CPU_SETS
+from benchmarks.commands.arguments import Parser, result_file
 from benchmarks.comparison import Comparison, Verdict, compare
 from benchmarks.families import GROUP_NORM
 from benchmarks.providers import BASELINE, OURS
@@ -141,11 +142,11 @@ def nearest(trials: list[dict[str, Any]]) -> tuple[float, float]:
 
 def main() -> None:
     """Run the trials, print what came of each, and keep it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python -m benchmarks.trials")
+    parser = Parser(description=__doc__.split("\n")[0], prog="python -m benchmarks.trials")
     parser.add_argument("--out", type=Path, help="a folder for the files of the runs")
     parser.add_argument("--trials", type=int, default=10, help="of three runs each, %(default)s if not given")
     parser.add_argument("--slowdown", type=float, default=0.2, help="share of our own time, %(default)s if not given")
-    parser.add_argument("--json", type=Path, help="write what came of them to this file")
+    parser.add_argument("--json", type=result_file, help="write what came of them to this file")
     parser.add_argument("--once", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once is not None:

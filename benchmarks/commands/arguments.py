@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -72,16 +71,18 @@ def pace_name(options: argparse.Namespace) -> str:
     return "quick" if options.quick else "brief" if options.brief else "full"
 
 
-def check_writable(path: Path | None) -> None:
-    """Find out before minutes of work whether their results can be kept.
-
-    Raises:
-        ValueError: the path of `--json` cannot be written.
-    """
-    if path is None:
-        return
+def result_file(text: str) -> Path:
+    """Parse the path of a file of results: found out before minutes of work whether they can be kept there."""
+    path = Path(text)
     if path.is_dir():
-        raise ValueError(f"--json is {path}, a folder; it must be a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--json is {path}, which cannot be written")
+        raise argparse.ArgumentTypeError(f"{path} is a folder; it must be a file")
+    is_new = not path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: {error.strerror}") from error
+    if is_new:
+        path.unlink()
+    return path

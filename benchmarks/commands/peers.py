@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.commands.arguments import add_command, check_writable
+from benchmarks.commands.arguments import add_command, result_file
 
 
 def add_parser(commands: Any) -> None:
@@ -22,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=4, metavar="N",
                         help="images of a timed step; %(default)s if not given")  # fmt: skip
     parser.add_argument("--no-count", action="store_true", help="only time")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write both tables' rows there")
+    parser.add_argument("--json", type=result_file, metavar="PATH", help="write both tables' rows there")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,7 +30,6 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--batch is {options.batch}; it must be positive")
     if options.seconds < 0:
         raise ValueError(f"--seconds is {options.seconds}; it must not be negative")
-    check_writable(options.json)
     try:
         import diffusers
     except ImportError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import tables
 from benchmarks.cases import CPU_SETS, DTYPES, MODES
-from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names, pace_name
+from benchmarks.commands.arguments import add_case_arguments, add_command, names, pace_name, result_file
 from benchmarks.diffusion.loop import LOOP_CASES
 from benchmarks.end_to_end.cases import CASE_NAMES, OPS
 from benchmarks.end_to_end.cases import PROVIDERS as END_TO_END_PROVIDERS
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--brief", action="store_true", help="fewer repetitions: A/A spreads are wider")
     pace.add_argument("--quick", action="store_true", help="few repetitions: to see that it works, not how fast")
-    parser.add_argument("--json", type=Path, metavar="PATH",
+    parser.add_argument("--json", type=result_file, metavar="PATH",
                         help="append one JSON object a line there, as rows come in")  # fmt: skip
     parser.add_argument("--resume", action="store_true",
                         help="measure what the file of --json does not hold yet of these sources, versions and tuned "
@@ -61,7 +61,6 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Time and print; 1 where a row is invalid or failed."""
-    check_writable(options.json)
     if options.resume and options.json is None:
         raise ValueError("--resume goes on with the file of --json, which is not given")
     import torch

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
 from benchmarks.cases import DTYPES, MEASURED_SETS
-from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
+from benchmarks.commands.arguments import add_case_arguments, add_command, names, result_file
 from benchmarks.families import TRITON_FAMILIES, choose_cases
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -34,14 +33,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--arch", type=names("architecture", ARCHITECTURES), default=("sm_90",), metavar="ARCHS",
                         help=f"of {', '.join(ARCHITECTURES)}; sm_90 if not given")  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="meter the bytes, and compile nothing")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write a list of rows there")
+    parser.add_argument("--json", type=result_file, metavar="PATH", help="write a list of rows there")
 
 
 def run(options: argparse.Namespace) -> int:
     """Meter, compile and print; 1 where a kernel does not compile."""
     # Triton reads it when it is first imported; what is compiled here is compiled in another process.
     os.environ["TRITON_INTERPRET"] = "1"
-    check_writable(options.json)
     from benchmarks.traffic import traffic_rows, traffic_table
     from soda_engine.records import write_json
     from tests.harness.compilation import CompileError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import DTYPES, MEASURED_SETS
-from benchmarks.commands.arguments import add_case_arguments, add_command, check_writable, names
+from benchmarks.commands.arguments import add_case_arguments, add_command, names, result_file
 from benchmarks.families import TRITON_FAMILIES, choose_cases
 
 
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
                         help=f"of {', '.join(TRITON_FAMILIES)}; group_norm if not given")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16",
                         help="the activations'; %(default)s if not given")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="PATH",
+    parser.add_argument("--json", type=result_file, metavar="PATH",
                         help="append every candidate's time there, one JSON object a line, as it comes in")
     parser.add_argument("--resume", action="store_true",
                         help="take what the file of --json holds of these sources and versions as measured")
@@ -39,7 +39,6 @@ def run(options: argparse.Namespace) -> int:
     """Tune, saying what was found as it is."""
     if options.source is not None:
         return _run_from(options)
-    check_writable(options.json)
     if options.resume and options.json is None:
         raise ValueError("--resume goes on with the file of --json, which is not given")
     if options.rehearse and options.tables is None:

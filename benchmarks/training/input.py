@@ -16,13 +16,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.commands.arguments import Parser, result_file
 from benchmarks.records import append_row, describe_environment, new_row
 from benchmarks.tables import table
 from soda_engine.config import CadenceConfig, TrainConfig
@@ -161,7 +161,7 @@ def make_photo() -> bytes:
 
 def main() -> None:
     """Print the table, and append the rows."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, prog="python -m benchmarks.training.input", formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--preset", default="digits", choices=sorted(PRESETS))
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of what is timed; %(default)s")
     parser.add_argument("--photos", type=int, nargs="+", metavar="SIZE", help="decode JPEGs of photographs' size to "
                         "squares of these sizes, and nothing else")  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="PATH", help="append one JSON object a line there")
+    parser.add_argument("--json", type=result_file, metavar="PATH", help="append one JSON object a line there")
     options = parser.parse_args()
     if options.photos:
         rows = photo_rows(tuple(options.photos), options.seconds)

@@ -8,17 +8,16 @@ prediction.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.commands.arguments import Parser, result_file
 from benchmarks.records import describe_environment
 from benchmarks.roofline import H200
 from benchmarks.tables import table
@@ -132,10 +131,10 @@ def _time_us(step: Step, seconds: float) -> float:
 
 def main() -> None:
     """Print the table, and keep the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python -m benchmarks.training.optimizer")
+    parser = Parser(description=__doc__.split("\n")[0], prog="python -m benchmarks.training.optimizer")
     parser.add_argument("--preset", default="cifar10", choices=sorted(PRESETS))
     parser.add_argument("--seconds", type=float, default=3.0, help="for each time on the CPU; 0 leaves them out")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=result_file, help="write the rows to this file")
     options = parser.parse_args()
     found = rows(options.preset, options.seconds)
     print(f"{options.preset}: {found[0]['parameter_bytes'] / 1e6:.1f} MB of parameters")

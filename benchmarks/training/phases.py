@@ -8,18 +8,17 @@ are counted over meta tensors, and each op takes the time that an H200 needs at 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.commands.arguments import Parser, result_file
 from benchmarks.records import describe_environment
 from benchmarks.tables import table
 from benchmarks.training.launches import LEAST_US, Launches
@@ -121,11 +120,11 @@ def _with_shares(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print the table, and keep the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python -m benchmarks.training.phases")
+    parser = Parser(description=__doc__.split("\n")[0], prog="python -m benchmarks.training.phases")
     parser.add_argument("--preset", default="cifar10", choices=sorted(PRESETS))
     parser.add_argument("--cpu-batch", type=int, help="images a step on the CPU; the preset's if not given")
     parser.add_argument("--seconds", type=float, default=20.0, help="for the CPU's times; 0 leaves them out")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=result_file, help="write the rows to this file")
     options = parser.parse_args()
     config = PRESETS[options.preset]
     gpu = gpu_rows(config)

@@ -8,12 +8,10 @@ tensor already kept takes none of its own.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from benchmarks.attention.providers import eager_attention
+from benchmarks.commands.arguments import Parser, result_file
 from benchmarks.records import describe_environment
 from benchmarks.tables import table
 from soda_engine.config import TrainConfig
@@ -158,13 +157,13 @@ def tensor_table(tensors: Sequence[SavedTensor]) -> str:
 
 def main() -> None:
     """Print the tables, and keep the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], prog="python -m benchmarks.training.saved")
+    parser = Parser(description=__doc__.split("\n")[0], prog="python -m benchmarks.training.saved")
     parser.add_argument("--preset", default="cifar10", choices=sorted(PRESETS), help="%(default)s if not given")
     parser.add_argument("--batch-size", type=int, help="the preset's if not given")
     parser.add_argument("--checkpoint-activations", choices=("none", "norms", "blocks"), default="none",
                         help="as in training; %(default)s if not given")  # fmt: skip
     parser.add_argument("--tensors", action="store_true", help="also list every tensor that the engine keeps")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=result_file, help="write the rows to this file")
     options = parser.parse_args()
     config = dataclasses.replace(PRESETS[options.preset], checkpoint_activations=options.checkpoint_activations)
     batch_size = options.batch_size or config.batch_size

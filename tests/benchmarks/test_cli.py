@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
+from benchmarks.commands.arguments import result_file
 from tests.harness.interpreter import is_interpreting
 
 needs_interpreter = pytest.mark.skipif(not is_interpreting(), reason="Triton compiles here: set TRITON_INTERPRET=1")
@@ -84,7 +85,18 @@ def test_a_result_file_that_cannot_be_written_is_said_first(
     assert result.code == 2
     assert len(result.err.splitlines()) == 1 and "a folder" in result.err
     (tmp_path / "file").touch()
-    assert call(command, "--json", tmp_path / "file" / "rows.json").code == 2
+    # The last is a folder in which nobody makes files, whose permissions do not say so.
+    for path in (tmp_path / "file" / "rows.json", Path("/proc/rows.json")):
+        result = call(command, "--json", path)
+        assert result.code == 2
+        assert len(result.err.splitlines()) == 1 and f"argument --json: {path} cannot be written: " in result.err
+
+
+def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(tmp_path: Path) -> None:
+    new, old = tmp_path / "folder" / "rows.json", tmp_path / "old.json"
+    old.write_text("rows")
+    assert (result_file(str(new)), result_file(str(old))) == (new, old)
+    assert not new.exists() and old.read_text() == "rows"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
