@@ -2,12 +2,13 @@
 
     python -m benchmarks.small_calls --json PATH
 
-Images have 2 or 8 KiB, so that the time is that of Python, of the dispatcher, and of autograd where it records. The
+Inputs have 2 to 8 KiB, so that the time is that of Python, of the dispatcher, and of autograd where it records. The
 group norm of PyTorch computes less: neither modulations nor SiLU.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -98,11 +99,18 @@ def rows(seconds: float) -> list[dict[str, Any]]:
     return found
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.0 <= seconds < 3600.0:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds from 0 up to an hour")
+    return seconds
+
+
 def main() -> None:
     """Print the table, and keep the rows."""
     parser = Parser(description=__doc__.split("\n")[0], prog="python -m benchmarks.small_calls")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each pair of calls; 2 if not given")
-    parser.add_argument("--json", type=result_file, help="write the rows to this file")
+    parser.add_argument("--seconds", type=_seconds, default=2.0, help="for each pair of calls")
+    parser.add_argument("--json", type=result_file, metavar="PATH", help="write the rows to this file")
     options = parser.parse_args()
     found = rows(options.seconds)
     print(table(

@@ -135,7 +135,7 @@ def _loop(case: LoopCase, device: torch.device, dtype: torch.dtype) -> Callable[
         x_T = torch.randn(case.batch, shape.in_channels, shape.image_size, shape.image_size).to(device, dtype)
         z = torch.randn(case.batch, model.config.latent.dim).to(device, dtype)
     every, none = torch.ones(1, model.num_sections, device=device), torch.zeros(1, model.num_sections, device=device)
-    denoise = guided(partial(model.denoiser_for, num_steps=case.num_steps), z, every, none, case.cfg_scale)
+    denoise = guided(model.denoiser_for(case.num_steps), z, every, none, case.cfg_scale)
     return partial(
         sample, denoise, x_T, model.schedule, num_steps=case.num_steps, method=case.method,
         target=model.config.diffusion.target, cfg_scale=case.cfg_scale, seed=1,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -80,7 +81,7 @@ def check_number(name: str, value: object) -> None:
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a number")
     # Not math.isfinite, of which torch.compile makes no graph where the number is a symbol.
-    if not -sys.float_info.max <= value <= sys.float_info.max:
+    if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{name} is {value}; it must be finite")
 
 

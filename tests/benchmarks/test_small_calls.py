@@ -32,6 +32,17 @@ def expected(call: SmallCall) -> Tensor:
     return F.silu(y) if "group_norm" in call.name or "GroupNorm" in call.name else y
 
 
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "x"])
+def test_seconds_are_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["small_calls", f"--seconds={seconds}"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "argument --seconds: " in error and seconds in error
+
+
 def test_the_table_and_the_rows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soda_engine.info import Info
 from soda_engine.models.blocks import ResidualBlock
-from soda_engine.models.residual import formed
+from soda_engine.models.residual import Image, formed
 from soda_engine.models.soda import Soda
 from soda_engine.presets import PRESETS
 from soda_engine.roofline.devices import GPUS, H200, Ceilings
@@ -49,8 +49,12 @@ def test_bytes_and_saved_memory_of_a_block_by_hand() -> None:
     with torch.device("meta"):
         block = ResidualBlock(c, d, time_dim=5, section_dim=2, num_groups=groups)
         x, time, section = torch.empty(n, c, side, side, requires_grad=True), torch.empty(n, 5), torch.empty(n, 2)
+
+    def run() -> Image:
+        return block(x, block.time_modulation(time), block.section_modulation(section))
+
     with Layers(block) as layers, _Counter(layers) as counter:
-        y = formed(block(x, block.by_time(time), block.by_section(section)))
+        y = formed(run())
         counter.phase = "backward"
         y.backward(torch.empty_like(y))
 
@@ -66,7 +70,7 @@ def test_bytes_and_saved_memory_of_a_block_by_hand() -> None:
     # The gradient and all that the forward read or measured; a gradient for each input.
     read, written = out + out + modulations + 2 * d + statistics, out + modulations + 2 * d
     assert moved("norm2", "backward") == read + written
-    saved = list_saved(block, lambda: formed(block(x, block.by_time(time), block.by_section(section))))
+    saved = list_saved(block, lambda: formed(run()))
     sizes = {layer: sum(each.own_bytes for each in saved if each.layer == layer) // 4 for layer in block._modules}
     assert sizes == {
         "norm1": image + statistics, "conv1": image, "norm2": out + statistics + modulations, "conv2": out,

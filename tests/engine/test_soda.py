@@ -193,15 +193,25 @@ def test_what_stays_in_a_loop_is_projected_once(z: Tensor, cross_attention: bool
         if name.endswith(("time_proj", "z_proj", "time", "tokens")):
             module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     x_t = torch.randn(5, 3, 8, 8)
-    denoise = model.denoiser_for(z, section_mask=mask, num_steps=4)
+    denoise = model.denoiser_for(4)(z, section_mask=mask)
     with torch.no_grad():
         found = [denoise(x_t, torch.tensor(index)) for index in (999, 666, 333, 0)]
         assert calls and set(calls.values()) == {1}
         for index, prediction in zip((999, 666, 333, 0), found, strict=True):
             expected = model.denoise(x_t, torch.full((5,), index), z, section_mask=mask)
             torch.testing.assert_close(prediction, expected, **CLOSE)
+    with pytest.raises(IndexError):
+        denoise(x_t, torch.tensor(500))  # no step of the loop
     for earlier, later in pairwise(found):
         assert not torch.allclose(earlier, later, atol=1e-3), "the time matters"
+
+
+def test_a_loops_denoiser_needs_a_model_without_dropout(z: Tensor) -> None:
+    model = tiny_soda(tiny_config(dropout=0.1)).train()
+    with pytest.raises(ValueError, match="training mode with dropout"):
+        model.denoiser_for(3)
+    denoise = model.eval().denoiser_for(3)(z.clone().requires_grad_())
+    assert not denoise(torch.randn(5, 3, 8, 8), torch.tensor(999)).requires_grad, "sampling has no gradients"
 
 
 def by_hand(model: Soda, z: Tensor, cond: Sequence[int], uncond: Sequence[int], cfg_scale: float) -> Tensor:

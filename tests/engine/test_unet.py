@@ -122,10 +122,11 @@ def test_untrained_denoiser_predicts_zero_and_its_blocks_pass_their_input_on() -
     assert (model(*inputs(model)) == 0).all()
     x = torch.randn(2, 8, 8, 8)
     layer = model.down[0]
-    modulations = layer.block.by_time(torch.randn(2, 32)), layer.block.by_section(torch.randn(2, 5))
+    block = layer.block
+    modulations = block.time_modulation(torch.randn(2, 32)), block.section_modulation(torch.randn(2, 5))
     for module in (layer.attention, lambda x: layer.cross(x, torch.randn(2, 3, 32))):
         torch.testing.assert_close(module(x).tensor(), x * 2**-0.5)
-    torch.testing.assert_close(layer.block(x, *modulations).tensor(), x * 2**-0.5)
+    torch.testing.assert_close(block(x, *modulations).tensor(), x * 2**-0.5)
 
 
 @pytest.mark.parametrize("pairing", ["level", "block"])
@@ -229,7 +230,8 @@ def test_residual_block_is_its_formula(
     if block.shortcut is not None:
         shortcut = F.conv2d(shortcut, block.shortcut.weight, block.shortcut.bias)
     assert (block.shortcut is None) == (out_channels == 8 and not skip_channels)
-    out = block((h, skip) if skip_channels else h, block.by_time(time), block.by_section(section)).tensor()
+    modulations = block.time_modulation(time), block.section_modulation(section)
+    out = block((h, skip) if skip_channels else h, *modulations).tensor()
     torch.testing.assert_close(out, (y + shortcut) * 0.5)
 
 
@@ -407,7 +409,16 @@ def test_wrong_inputs(index: int, shape: tuple[int, ...], message: str) -> None:
 def test_a_condition_stands_for_time_and_z() -> None:
     model = build()
     x_t, t, z = inputs(model)
-    condition = model.conditions(t, z)(torch.tensor(1))
+    condition = model.condition(z)(model.time_table(t)[1:])
     torch.testing.assert_close(model(x_t, condition=condition), model(x_t, t[1].expand(len(z)), z))
-    with pytest.raises(ValueError, match="t or z is None; give both, or the condition that was made of them"):
+    for beside in ({"t": t}, {"z": z}, {"section_mask": torch.ones(3)}, {"seed": torch.tensor([1, 2])}):
+        with pytest.raises(ValueError, match="condition came with t, z, section_mask or seed, which it stands for"):
+            model(x_t, condition=condition, **beside)
+    with pytest.raises(ValueError, match="condition is of 2 samples; x_t has 1"):
+        model(x_t[:1], condition=condition)
+    with pytest.raises(ValueError, match="z is None; give t and z, or a condition"):
         model(x_t, t)
+    with pytest.raises(ValueError, match=r"z has shape \(2, 15\); it must be \(2, 16\)"):
+        model.condition(z[:, 1:])
+    with pytest.raises(ValueError, match=r"times has shape \(1, 2\); it must be \(2,\)"):
+        model.time_table(t[None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import profile
 
 from soda_kernels import _native, conv3x3, explain, use_backend
 from tests.numerics import assert_accurate_in_norm
@@ -182,6 +184,7 @@ def test_an_image_of_one_pixel_sees_the_centres(dtype: torch.dtype, activation: 
     for name, *each in zip(("y", "dx", "dweight", "dbias", "dresidual"), ours, stock, exact, strict=True):
         assert_accurate_in_norm(*each, name)
     assert not ours[2][:, :, 0].any() and ours[2][:, :, 1, 1].any()
+    assert ours[2].is_contiguous(memory_format=torch.channels_last), "as the filters are"
 
 
 def test_the_reference_backend_and_autocast_run_pytorchs() -> None:
@@ -189,7 +192,9 @@ def test_the_reference_backend_and_autocast_run_pytorchs() -> None:
     with use_backend("reference"):
         assert torch.equal(conv3x3(problem.x, problem.weight), F.conv2d(problem.x, problem.weight, padding=1))
         pixel = problem.x[:, :, :1, :1]
-        assert torch.equal(conv3x3(pixel, problem.weight), F.conv2d(pixel, problem.weight, padding=1))
+        with profile() as seen:
+            conv3x3(pixel, problem.weight)
+        assert "aten::linear" not in {event.name for event in seen.events()}
     with torch.autocast("cpu", torch.bfloat16):
         assert conv3x3(problem.x, problem.weight).dtype == torch.bfloat16
         assert conv3x3(pixel, problem.weight).dtype == torch.bfloat16
@@ -233,6 +238,29 @@ WRONG: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((X, W), {"activation": "silu"}, ValueError, r"activation is 'silu'; it must be one of \['relu', None\]"),
     ((X, W.to("meta")), {}, ValueError, "weight is on meta and x on cpu; they must be on one device"),
 ]
+
+
+@native
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("bias", torch.zeros(24), r"bias has shape (24,); it must be (16,)"),
+        ("bias", torch.zeros(16, dtype=torch.float64), "bias has dtype torch.float64 and x torch.float32"),
+        ("bias", torch.zeros(16).to_sparse(), "bias has layout torch.sparse_coo; it must be a dense tensor"),
+        ("bias", 0.0, "bias is a float; it must be a tensor"),
+        ("residual", torch.zeros(16, 16, 5, 6), "residual has shape (16, 16, 5, 6); it must be (16, 16, 5, 7)"),
+        ("residual", torch.zeros(16, 16, 5, 7).half(), "residual has dtype torch.float16 and x torch.float32"),
+        ("weight", torch.zeros(16, 24, 3, 3).to_mkldnn(), "weight has layout torch._mkldnn; it must be a dense tensor"),
+        ("weight", torch.zeros(16, 16, 3, 3), "weight has shape (16, 16, 3, 3); it must be (16, 24, 3, 3)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_one_wrong_argument_beside_right_ones(name: str, value: Any, line: str) -> None:
+    problem = Problem((16, 24, 5, 7), 16)
+    arguments = {"x": problem.x, "weight": problem.weight, "bias": problem.bias, "residual": problem.residual}
+    assert explain(conv3x3, **arguments).choices
+    with pytest.raises((TypeError, ValueError), match=re.escape(line)):
+        conv3x3(**arguments | {name: value})
 
 
 @pytest.mark.parametrize(("args", "kwargs", "error", "line"), WRONG, ids=[line[:24] for *_, line in WRONG])

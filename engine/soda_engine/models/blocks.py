@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
 
         Args:
             x: [N, in_channels, H, W], or the pair of it and the skip, [N, skip_channels, H, W].
-            by_time, by_section: what the methods of these names return.
+            by_time, by_section: what `time_modulation` and `section_modulation` return.
             seed: [N] int64, one dropout key a sample; needed in training with dropout.
 
         Returns:
@@ -117,13 +117,13 @@ class ResidualBlock(nn.Module):
             out = self.conv2(y)
         return ResidualSum(out, self._shortcut(x), self.residual_scale)
 
-    def by_time(self, time: Tensor) -> Modulation:
-        """Return how embedded times [N, time_dim] modulate the block: scale and shift, [N, out_channels] each."""
+    def time_modulation(self, time: Tensor) -> Modulation:
+        """Project embedded times, [N, time_dim], to scale and shift, [N, out_channels] each."""
         scale, shift = self.time_proj(time).chunk(2, dim=1)
         return scale, shift
 
-    def by_section(self, section: Tensor) -> Modulation:
-        """Return how the block's section of z, [N, section_dim] and zero if masked, modulates it; as by_time."""
+    def section_modulation(self, section: Tensor) -> Modulation:
+        """Project the block's section of z, [N, section_dim] and zero if masked, to scale and shift likewise."""
         scale, shift = self.z_proj(section).chunk(2, dim=1)
         return scale, shift
 

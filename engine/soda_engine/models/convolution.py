@@ -49,8 +49,7 @@ class Conv1x1(nn.Conv2d):
             return F.conv2d(h, on_h, self.bias) + F.conv2d(skip, on_skip)
         on_h, on_skip = self.weight.flatten(1).split((h.shape[1], skip.shape[1]), dim=1)
         y = F.linear(_rows(h), on_h, self.bias)
-        # In place, of which autocast makes nothing: added up by a product of its own, the sum would be copied first.
-        y.flatten(0, 2).addmm_(_rows(skip).flatten(0, 2).to(y.dtype), on_skip.t().to(y.dtype))
+        y = torch.addmm(y.flatten(0, 2), _rows(skip).flatten(0, 2), on_skip.t()).view(y.shape)
         return _image(y)
 
 

