@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +165,22 @@ def test_libraries_say_why_they_do_not_run(name: str, monkeypatch: pytest.Monkey
     assert reason == {"xformers": None, "flash-attention": "flash-attention does not take float32"}[name]
 
 
+class Slow(torch.autograd.Function):
+    """A node of autograd that takes longer than the op that it calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return dy + 1
+
+
 def test_the_longest_op_is_named_where_sdpa_has_none() -> None:
     a = torch.randn(200, 200)
     assert longest_kernel(lambda: (torch.mm(a, a) + 1,), CPU) == "aten::mm"
+    leaf = torch.zeros(2, requires_grad=True)
+    y = Slow.apply(leaf)
+    assert longest_kernel(lambda: torch.autograd.grad(y, leaf, leaf.detach()), CPU).startswith("aten::")
