@@ -55,7 +55,6 @@ CONVOLUTION_SHAPES = {
         _square(128,  32,  32,  4),
         _square(128,  64,  32,  4),
         _square(128,  64,  64,  2),
-        _square(128, 128, 128,  1),
     )),
     # On images of 32x32, as the encoder of the presets cifar10 and cifar10-light.
     "resnet18": ShapeSet(32, (

@@ -18,7 +18,7 @@ from benchmarks.convolution.cases import (
     convolution_flops,
 )
 from benchmarks.convolution.problems import convolution_problem
-from benchmarks.convolution.providers import CONVOLUTION_PROVIDERS, _is_pytorchs, eager_convolution
+from benchmarks.convolution.providers import CONVOLUTION_PROVIDERS, eager_convolution
 from benchmarks.families import CONVOLUTION
 from benchmarks.providers import Provider
 from benchmarks.report.contents import not_timed
@@ -67,12 +67,10 @@ def test_they_are_those_of_the_tensors_and_of_pytorchs_counter(shape_set: str) -
 
 @native
 @pytest.mark.parametrize("shape_set", CONVOLUTION_SHAPES)
-def test_every_case_in_channels_last_is_for_winograd_but_images_of_one_pixel(shape_set: str) -> None:
+def test_every_case_in_channels_last_is_for_winograd(shape_set: str) -> None:
     for each in CONVOLUTION.cases([shape_set], ["nhwc"], "fp32", on_cpu=True):
-        problem, is_pixel = convolution_problem(each, CPU), each.shape.height * each.shape.width == 1
-        backends = [choice.backend for choice in explain(problem.call, conv3x3).choices]
-        assert backends == ([] if is_pixel else ["native"]), each.id
-        assert _is_pytorchs(problem) is None, "all are timed"
+        problem = convolution_problem(each, CPU)
+        assert [choice.backend for choice in explain(problem.call, conv3x3).choices] == ["native"], each.id
 
 
 @pytest.mark.parametrize("layout", CONVOLUTION.layouts)
